@@ -1,0 +1,32 @@
+"""torchrun with the program's own exit code: `python -m megatron_hbp.launch [torchrun flags] pretrain_hbp.py ...`.
+
+torchrun answers 1 and a traceback of its own whatever code a worker ends with. The workers write theirs to a file
+(HBP_EXIT_CODE_FILE); this wrapper hands it on: 65 data, 70 internal, 73 disk, 75 stopped and saved, 78 configuration.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Launch the workers and return the exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        code_file = Path(os.environ.setdefault("HBP_EXIT_CODE_FILE", str(Path(folder) / "code")))
+        code_file.unlink(missing_ok=True)
+        try:
+            run.main(sys.argv[1:] if argv is None else argv)
+        except ChildFailedError as error:
+            if code_file.exists():
+                return int(code_file.read_text())
+            print(f"launch: {error}", file=sys.stderr)
+            return 70
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Core attention of every layer, in place of Megatron-LM's: exchange, varlen kernel, exchange back.
+
+Takes the place of `core_attention` in the layer specs (hook 3 of the design), so Megatron-LM's attention classes, GQA and
+MLA, stay as they are. Megatron-LM's layout: q [s, 1, h, d], k and v [s, 1, k, d], output [s, 1, h * dv].
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.model import context as micro_batch
+from megatron_hbp.model import exchange, kernels
+
+
+class PackedCoreAttention(MegatronModule):
+    """Causal attention inside each sample of a pack, under the CP group of the current micro-batch."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ):
+        """The signature of Megatron-LM's core attentions; mask type and communication type are ours to decide."""
+        super().__init__(config=config)
+        if config.attention_dropout if attention_dropout is None else attention_dropout:
+            raise ConfigError("attention dropout is not supported with packed samples: give --attention-dropout 0")
+        if config.window_size is not None:
+            raise ConfigError("sliding-window attention is not supported with --hbp-plan: drop --window-size")
+        if config.softmax_type != "vanilla":
+            raise ConfigError(f"--softmax-type {config.softmax_type} is not supported with --hbp-plan: use vanilla")
+        self.layer_number = layer_number
+        self.softmax_scale = 1.0 / math.sqrt(k_channels or config.kv_channels) if softmax_scale is None else softmax_scale
+        if config.apply_query_key_layer_scaling:
+            self.softmax_scale /= max(1, layer_number)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """[s, 1, h, d], [s, 1, k, d], [s, 1, k, dv] -> [s, 1, h * dv]."""
+        context = micro_batch.current()
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        kernel = kernels.choose(q.device, q.dtype)
+        if context.cp_group is None:
+            out = kernel(q, k, v, context, self.softmax_scale)
+        else:
+            q, k, v = exchange.sequence_to_heads(q, k, v, context.cp_group)
+            out = exchange.heads_to_sequence(kernel(q, k, v, context, self.softmax_scale), context.cp_group)
+        return out.reshape(out.shape[0], 1, -1)

@@ -1,0 +1,105 @@
+"""What a layer may know of the micro-batch it is working on.
+
+Megatron-LM hands its layers tensors only, and its own context-parallel group is static. Ours changes from micro-batch to
+micro-batch, so it travels beside the tensors: `bind(context)` makes one `MicroBatchContext` current for one forward pass
+and restores the previous one in `finally`. A recompute during the backward pass runs when another micro-batch may be
+current (1F1B); `capture_context` therefore keeps the forward's context with every recomputed function.
+
+Shapes: `s` tokens of this rank's slice, `t` tokens of the whole pack (s * cp_degree), `n` samples of the pack.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_hbp.planning.types import Recompute
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatchContext:
+    """The runtime context of one micro-batch on one rank."""
+
+    cp_group: dist.ProcessGroup | None
+    """The group that shares this pack; None at CP degree 1."""
+    cp_degree: int
+    position_ids: torch.Tensor
+    """int64 [s]: position of each local token inside its own sample."""
+    cu_seqlens: torch.Tensor
+    """int32 [n + 1]: where the samples of the whole pack start; the last entry is t, padding being samples too."""
+    max_seqlen: int
+    """Tokens of the longest sample."""
+    segments: tuple[int, ...]
+    """`cu_seqlens` on the host, for kernels that loop."""
+    recompute: Recompute
+
+
+_current: MicroBatchContext | None = None
+_on_bind: list[Callable[[MicroBatchContext], None]] = []
+
+
+def current() -> MicroBatchContext:
+    """The bound context; asking without one is our mistake."""
+    assert _current is not None, "no micro-batch is bound: forward must run inside `with bind(context)`"
+    return _current
+
+
+def is_bound() -> bool:
+    """True inside `with bind(context)`."""
+    return _current is not None
+
+
+@contextlib.contextmanager
+def bind(context: MicroBatchContext) -> Iterator[None]:
+    """Make `context` current for a forward pass, or for the recompute of one.
+
+    A plain module variable and not a ContextVar: autograd runs backward in threads of its own on CUDA, while the thread
+    that started it waits, so exactly one thread of a process is ever inside.
+    """
+    global _current
+    previous = _current
+    _switch(context)
+    try:
+        yield
+    finally:
+        if previous is None:
+            _current = None
+        else:
+            _switch(previous)
+
+
+def _switch(context: MicroBatchContext) -> None:
+    global _current
+    _current = context
+    for callback in _on_bind:
+        callback(context)
+
+
+@contextlib.contextmanager
+def on_bind(callback: Callable[[MicroBatchContext], None]) -> Iterator[None]:
+    """Call `callback` whenever a context becomes current (the recompute switch of a model registers here)."""
+    _on_bind.append(callback)
+    try:
+        yield
+    finally:
+        _on_bind.remove(callback)
+
+
+def capture_context(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Bind the context that is current *now* around every later call of `function`; without one, return it unchanged."""
+    if _current is None:
+        return function
+    captured = _current
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _current is captured:
+            return function(*args, **kwargs)
+        with bind(captured):
+            return function(*args, **kwargs)
+
+    return call

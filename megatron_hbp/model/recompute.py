@@ -1,0 +1,125 @@
+"""Recompute by micro-batch: a tier's policy, switched on the built model.
+
+Megatron-LM reads full recompute (granularity, method, number of layers) from the config at every forward, and selective
+recompute from flags that each module sets on itself at construction. `RecomputeSwitch` sets both. Full and selective
+together would nest, so a policy is one or the other.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.model.context import MicroBatchContext, capture_context
+from megatron_hbp.planning.types import Recompute
+
+# Recompute module (as in --recompute-modules) -> the flags its owners read at forward, as of megatron-core 0.19.2.
+FLAGS: dict[str, tuple[str, ...]] = {
+    "core_attn": ("checkpoint_core_attention",),
+    "mla_up_proj": ("recompute_up_proj",),
+    "layernorm": ("recompute_input_layernorm", "recompute_pre_mlp_layernorm"),
+    "mlp": ("recompute_mlp",),
+    "moe": ("moe_layer_recompute",),
+    "shared_experts": ("shared_experts_recompute",),
+    "moe_act": ("activation_recompute",),
+}
+
+
+class RecomputeSwitch:
+    """Sets the recompute policy of a model's chunks; setting the policy that is already set costs nothing."""
+
+    def __init__(self, chunks: Iterable[torch.nn.Module]):
+        self._policy: Recompute | None = None
+        self._configs: list[Any] = []
+        self._owners: list[tuple[torch.nn.Module, str, str]] = []
+        for chunk in chunks:
+            for module in chunk.modules():
+                config = getattr(module, "config", None)
+                if config is not None and all(config is not known for known in self._configs):
+                    self._configs.append(config)  # some modules hold a deep copy of their own
+                for name, flags in FLAGS.items():
+                    self._owners += [(module, flag, name) for flag in flags if _owns(module, flag)]
+
+    def check(self, policy: Recompute) -> None:
+        """Raise ConfigError where a policy names a module that this model doesn't have."""
+        available = {name for _, _, name in self._owners}
+        for name in policy.modules:
+            if name not in available:
+                raise ConfigError(
+                    f"a tier recomputes {name!r}, which this model does not have; it has {', '.join(sorted(available))}"
+                )
+
+    def __call__(self, context: MicroBatchContext) -> None:
+        """Set the policy of a micro-batch that becomes current."""
+        self.set(context.recompute)
+
+    def set(self, policy: Recompute) -> None:
+        """Set `policy` on all configs and flags."""
+        if policy == self._policy:
+            return
+        full = policy.granularity == "full" and policy.num_layers > 0
+        for config in self._configs:
+            config.recompute_granularity = policy.granularity if full or policy.granularity != "full" else None
+            config.recompute_method = "block" if full else None
+            config.recompute_num_layers = policy.num_layers if full else None
+        chosen = policy.modules if policy.granularity == "selective" else ()
+        for module, flag, name in self._owners:
+            setattr(module, flag, name in chosen)
+        self._policy = policy
+
+
+def _owns(module: torch.nn.Module, flag: str) -> bool:
+    """True where the module has the flag and the part that it recomputes."""
+    if flag not in module.__dict__:
+        return False
+    norm = {"recompute_input_layernorm": "input_layernorm", "recompute_pre_mlp_layernorm": "pre_mlp_layernorm"}
+    if flag in norm:
+        return any(True for _ in getattr(module, norm[flag]).parameters())  # IdentityOp has none
+    if flag == "recompute_mlp":
+        return not getattr(module, "is_moe_layer", False)
+    if flag == "shared_experts_recompute":
+        return getattr(module, "use_shared_expert", False)
+    return True
+
+
+def install_context_capture() -> None:
+    """Make every recomputed function of Megatron-LM keep its micro-batch's context (see model/context.py).
+
+    All recompute passes through three entries: `tensor_parallel.checkpoint` (full, core_attn, mlp, moe, shared_experts),
+    `tensor_parallel.CheckpointWithoutOutput` (layernorm, mla_up_proj, moe_act) and Transformer Engine's `te_checkpoint`.
+    Callers reach the first two through the package's attribute; the third is imported by name. Idempotent.
+    """
+    if getattr(tensor_parallel.checkpoint, "captures_context", False):
+        return
+    plain_checkpoint = tensor_parallel.checkpoint
+
+    @functools.wraps(plain_checkpoint)
+    def checkpoint(function: Any, distribute_saved_activations: bool, *args: Any) -> Any:
+        return plain_checkpoint(capture_context(function), distribute_saved_activations, *args)
+
+    class CheckpointWithoutOutput(tensor_parallel.CheckpointWithoutOutput):
+        """Megatron-LM's, with the context kept."""
+
+        def checkpoint(self, run_function: Any, *args: Any) -> Any:
+            return super().checkpoint(capture_context(run_function), *args)
+
+    checkpoint.captures_context = True  # type: ignore[attr-defined]
+    tensor_parallel.checkpoint = checkpoint
+    tensor_parallel.CheckpointWithoutOutput = CheckpointWithoutOutput
+    _capture_te_checkpoint()
+
+
+def _capture_te_checkpoint() -> None:
+    import sys
+
+    for name, module in list(sys.modules.items()):
+        plain = name.startswith("megatron.core") and getattr(module, "te_checkpoint", None)
+        if plain:
+
+            def te_checkpoint(forward_func: Any, *args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+                return plain(capture_context(forward_func), *args, **kwargs)
+
+            module.te_checkpoint = te_checkpoint  # type: ignore[attr-defined]

@@ -1,0 +1,158 @@
+"""Each rank reads its own part of the plan: no sampler, no broadcast, no collective in the data path.
+
+Every rank of a gang, every tensor-parallel rank and every pipeline stage maps the same store and cuts out its own slice.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_hbp.data.store import TokenStore
+from megatron_hbp.errors import PlanError
+from megatron_hbp.model.context import MicroBatchContext
+from megatron_hbp.parallel.groups import CpGroups
+from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.types import Recompute
+from megatron_hbp.training.batch import PackSlice, padded_length, slice_of_pack
+
+DUMMY = -1
+"""Tier index of a micro-batch that the plan leaves empty on a rank."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """What one rank runs in one slot of a step. Shapes: `s` local tokens, `r` supervised ones."""
+
+    step: int
+    slot: int
+    tier: int
+    """Index into the plan's tiers, or DUMMY."""
+    sample_ids: np.ndarray
+    """int64, the samples of the whole pack."""
+    tokens: torch.Tensor
+    """int64 [1, s]."""
+    labels: torch.Tensor
+    """int64 [1, s]."""
+    supervised: torch.Tensor
+    """int64 [r], positions in [0, s)."""
+    num_real_tokens: int
+    """Tokens of the slice without padding."""
+    context: MicroBatchContext
+
+
+class Feed:
+    """Iterates over one rank's micro-batches of a plan, step by step, from any step on."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        store: TokenStore,
+        groups: CpGroups,
+        rank: int,
+        unit: int,
+        full_length: bool,
+        device: torch.device,
+        first_step: int = 0,
+        cyclic: bool = False,
+    ):
+        """Check that the plan belongs to the store, and start at `first_step`.
+
+        Args:
+            plan: the schedule.
+            store: the tokens it schedules.
+            groups: the context-parallel groups of this rank.
+            rank: data-parallel rank.
+            unit: local tokens are padded to a multiple of this (tensor-parallel width under sequence parallelism).
+            full_length: pad every pack to its tier's packing length (pipeline stages exchange fixed shapes).
+            device: where the tensors go.
+            first_step: step to start at (resume).
+            cyclic: start again after the last step (evaluation), instead of ending.
+        """
+        self.plan, self.store, self.groups, self.rank = plan, store, groups, rank
+        self.unit, self.full_length, self.device = unit, full_length, device
+        self._micro_batches = self._iterate(first_step, cyclic)
+
+    def __iter__(self) -> "Feed":
+        """A feed is its own iterator (Megatron-LM's external dataloader)."""
+        return self
+
+    def __next__(self) -> MicroBatch:
+        """The next micro-batch of this rank."""
+        return next(self._micro_batches)
+
+    def _iterate(self, first_step: int, cyclic: bool) -> Iterator[MicroBatch]:
+        step = first_step
+        while cyclic or step < self.plan.num_steps:
+            for slot in range(int(self.plan.num_micro_batches[step % self.plan.num_steps])):
+                yield self.micro_batch(step % self.plan.num_steps, slot)
+            step += 1
+
+    def micro_batch(self, step: int, slot: int) -> MicroBatch:
+        """What this rank runs in `slot` of `step`."""
+        index = self.plan.pack_at(step, slot, self.rank)
+        if index < 0:
+            return self._dummy(step, slot)
+        pack = self.plan.pack(index)
+        tier = self.plan.tiers[pack.tier]
+        length = (
+            tier.packing_length
+            if self.full_length
+            else padded_length(
+                pack.num_tokens, cp_degree=tier.cp_degree, unit=int(np.lcm(self.unit, tier.alignment))
+            )
+        )
+        samples = []
+        for sample_id, num_tokens in zip(pack.sample_ids, pack.lengths, strict=True):
+            tokens, loss_mask = self.store.sample(int(sample_id))
+            if len(tokens) < num_tokens:
+                raise PlanError(
+                    f"the plan uses {num_tokens} tokens of sample {sample_id}, the store has {len(tokens)}: "
+                    f"the plan belongs to other data; make it again with `hbp plan --store`"
+                )
+            samples.append((tokens[:num_tokens], loss_mask[:num_tokens]))
+        cut = slice_of_pack(
+            samples, padded_length=length, cp_degree=tier.cp_degree, cp_rank=self.rank - pack.rank0
+        )
+        return self._micro_batch(step, slot, pack.tier, pack.sample_ids, cut, tier.cp_degree, tier.recompute)
+
+    def _dummy(self, step: int, slot: int) -> MicroBatch:
+        """A micro-batch without supervised tokens: equal counts on all ranks, no weight in the loss, CP degree 1."""
+        length = self.plan.tiers[0].local_tokens if self.full_length else self.unit
+        cut = slice_of_pack([], padded_length=length, cp_degree=1, cp_rank=0)
+        return self._micro_batch(step, slot, DUMMY, np.zeros(0, np.int64), cut, 1, Recompute())
+
+    def _micro_batch(
+        self,
+        step: int,
+        slot: int,
+        tier: int,
+        sample_ids: np.ndarray,
+        cut: PackSlice,
+        cp_degree: int,
+        recompute: Recompute,
+    ) -> MicroBatch:
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+        return MicroBatch(
+            step=step,
+            slot=slot,
+            tier=tier,
+            sample_ids=sample_ids,
+            tokens=on_device(cut.tokens)[None],
+            labels=on_device(cut.labels)[None],
+            supervised=on_device(cut.supervised),
+            num_real_tokens=cut.num_real_tokens,
+            context=MicroBatchContext(
+                cp_group=self.groups.group(cp_degree),
+                cp_degree=cp_degree,
+                position_ids=on_device(cut.position_ids),
+                cu_seqlens=on_device(cut.cu_seqlens),
+                max_seqlen=int(np.diff(cut.cu_seqlens).max()),
+                segments=tuple(cut.cu_seqlens.tolist()),
+                recompute=recompute,
+            ),
+        )

@@ -1,0 +1,109 @@
+"""The hooks into megatron.training, all of them, as of megatron-core 0.19.2.
+
+| name in megatron.training | what ours adds |
+|---|---|
+| training.get_forward_backward_func | the number of micro-batches of *this* step, times, the recompute switch |
+| training.training_log | our JSON line beside Megatron-LM's |
+| training.evaluate | the held-out loss for the same file |
+| checkpointing.check_checkpoint_args | a checkpoint that was trained with another plan is refused |
+
+`tests/unit/training/test_hooks.py` fails when a release moves one of them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron.training import checkpointing, get_args, training
+
+from megatron_hbp.errors import PlanError
+from megatron_hbp.model import context as micro_batch_context
+from megatron_hbp.model.recompute import RecomputeSwitch
+from megatron_hbp.planning.plan import Plan
+from megatron_hbp.training.metrics import RunMetrics
+
+
+def install(*, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> None:
+    """Hook a plan into Megatron-LM's loop; once a process."""
+    training.get_forward_backward_func = _planned_schedule(
+        training.get_forward_backward_func, plan, valid_plan, metrics
+    )
+    training.training_log = _logging(training.training_log, metrics)
+    training.evaluate = _reporting(training.evaluate, metrics)
+    checkpointing.check_checkpoint_args = _same_plan(checkpointing.check_checkpoint_args)
+
+
+def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> Callable:
+    """Wrap the factory of forward-backward functions.
+
+    Megatron-LM's own calculator of micro-batch counts knows ramps only: its loop refuses a count that falls. So the
+    nominal count stays constant there, and the plan's count for the step at hand goes to the schedule.
+    """
+
+    @functools.wraps(get_schedule)
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
+        schedule = get_schedule(*args, **kwargs)
+        evaluations = 0
+
+        @functools.wraps(schedule)
+        def forward_backward(*, model: Any, num_microbatches: int, forward_only: bool = False, **rest: Any) -> Any:
+            nonlocal evaluations
+            if forward_only:
+                assert valid_plan is not None
+                num_microbatches = int(valid_plan.num_micro_batches[evaluations % valid_plan.num_steps])
+                evaluations += 1
+            else:
+                num_microbatches = int(plan.num_micro_batches[get_args().curr_iteration])
+            chunks = model if isinstance(model, list) else [model]
+            metrics.start(training=not forward_only)
+            with micro_batch_context.on_bind(_switch_of(chunks)):
+                losses = schedule(model=model, num_microbatches=num_microbatches, forward_only=forward_only, **rest)
+            metrics.finish()
+            return losses
+
+        return forward_backward
+
+    return get_forward_backward_func
+
+
+_switches: dict[int, RecomputeSwitch] = {}
+
+
+def _switch_of(chunks: list[Any]) -> RecomputeSwitch:
+    """The recompute switch of a model, made at its first step."""
+    return _switches.setdefault(id(chunks[0]), RecomputeSwitch(chunks))
+
+
+def _logging(training_log: Callable, metrics: RunMetrics) -> Callable:
+    @functools.wraps(training_log)
+    def log(loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        grad_norm = args[3] if len(args) > 3 else kwargs.get("grad_norm")
+        metrics.log_step(iteration=iteration, losses=loss_dict, learning_rate=learning_rate, grad_norm=grad_norm)
+        return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+
+    return log
+
+
+def _reporting(evaluate: Callable, metrics: RunMetrics) -> Callable:
+    @functools.wraps(evaluate)
+    def report(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        if result[0]:
+            metrics.log_validation(result[0])
+        return result
+
+    return report
+
+
+def _same_plan(check_checkpoint_args: Callable) -> Callable:
+    @functools.wraps(check_checkpoint_args)
+    def check(checkpoint_args: Any) -> Any:
+        mine, theirs = get_args().hbp_plan_hash, getattr(checkpoint_args, "hbp_plan_hash", None)
+        if theirs is not None and theirs != mine:
+            raise PlanError(
+                f"the checkpoint in {get_args().load} was trained with plan {theirs[:12]}, --hbp-plan is {mine[:12]}: "
+                f"resume with the plan it was trained with, or start anew with --finetune"
+            )
+        return check_checkpoint_args(checkpoint_args)
+
+    return check

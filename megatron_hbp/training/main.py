@@ -1,0 +1,148 @@
+"""Build and run: from a command line to Megatron-LM's `pretrain()`."""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from megatron_hbp.errors import HbpError
+
+
+def main() -> None:
+    """Train; a known error ends in one line and its exit code."""
+    try:
+        run(sys.argv[1:])
+    except HbpError as error:
+        _fail(error)
+
+
+def run(argv: list[str]) -> None:
+    """Train with Megatron-LM's flags and ours.
+
+    Raises:
+        HbpError: any mistake in flags, plan or store, before a process group exists where that is possible.
+    """
+    from megatron_hbp.training.options import HbpOptions, add_hbp_arguments, check_together, implied_flags
+
+    options = HbpOptions.from_argv(argv)
+    flags = implied_flags(options) if options.train is not None else []
+    flags = _platform_flags() + flags
+
+    # megatron.training reads sys.argv; later flags win, so the user's go last
+    sys.argv[1:] = flags + argv
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(extra_args_provider=add_hbp_arguments)
+    model = gpt_config_from_args(args)
+    if options.train is None:
+        from megatron_hbp.training import plain
+
+        pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            plain.datasets_provider,
+            ModelType.encoder_or_decoder,
+            plain.forward_step,
+        )
+        _leave()
+        return
+
+    from megatron_hbp.model.recompute import install_context_capture
+    from megatron_hbp.model.spec import with_packed_model
+    from megatron_hbp.training import hooks
+    from megatron_hbp.training.forward import make_forward_step
+    from megatron_hbp.training.metrics import RunMetrics
+
+    check_together(args, options)
+    args.hbp_plan_hash = options.train.plan.hash
+    install_context_capture()
+    metrics = RunMetrics(options.train.plan, options.metrics)
+    hooks.install(plan=options.train.plan, valid_plan=options.valid.plan if options.valid else None, metrics=metrics)
+    pretrain(
+        pretrain_cfg_container_from_args(args, with_packed_model(model)),
+        _feeds_provider(options),
+        ModelType.encoder_or_decoder,
+        make_forward_step(metrics.observe),
+    )
+    from megatron.core import parallel_state
+
+    metrics.summarise(parallel_state.get_data_parallel_group())
+    _leave()
+
+
+def _feeds_provider(options: Any) -> Any:
+    """Megatron-LM's data-set provider: one feed for training, one for evaluation, on every rank."""
+    from megatron.core import parallel_state
+    from megatron.training import get_args
+
+    from megatron_hbp.parallel.groups import CpGroups
+    from megatron_hbp.training.feed import Feed
+
+    groups: list[CpGroups] = []
+
+    def provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Feed, Feed | None, None]:
+        args = get_args()
+        data = [part for part in (options.train, options.valid) if part is not None]
+        if not groups:  # called once a virtual pipeline stage; the groups are made once
+            degrees = {tier.cp_degree for part in data for tier in part.plan.tiers}
+            timeout = timedelta(minutes=args.distributed_timeout_minutes)
+            groups.append(CpGroups.create(degrees, parallel_state.get_data_parallel_group(), timeout))
+        feeds: list[Feed | None] = [
+            Feed(
+                plan=part.plan,
+                store=part.store,
+                groups=groups[0],
+                rank=parallel_state.get_data_parallel_rank(),
+                unit=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+                full_length=args.pipeline_model_parallel_size > 1 and not args.variable_seq_lengths,
+                device=torch.device(torch.cuda.current_device()),
+                first_step=0 if part is options.valid else args.iteration,
+                cyclic=part is options.valid,
+            )
+            for part in data
+        ]
+        train, valid = (feeds + [None])[:2]
+        assert train is not None
+        return train, valid, None
+
+    provider.is_distributed = True  # type: ignore[attr-defined]
+    return provider
+
+
+def _platform_flags() -> list[str]:
+    """Apply the CPU platform layer where there is no CUDA device; with CUDA it isn't even imported."""
+    if torch.cuda.is_available() and os.environ.get("HBP_PLATFORM") != "cpu":
+        return []
+    from megatron_hbp.platform import cpu
+
+    cpu.apply()
+    return list(cpu.FLAGS)
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _fail(error: HbpError) -> NoReturn:
+    """One line on stderr, the exit code where the launcher looks for it, and out.
+
+    Mistakes found before the process group exists are the same on every rank: rank 0 speaks, the others wait for it,
+    because torchrun ends all workers 0.1 s after the first one leaves.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    together = not torch.distributed.is_initialized()
+    if rank and together:
+        time.sleep(3)
+    else:
+        print(f"pretrain_hbp: {'' if together else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
+        if code_file := os.environ.get("HBP_EXIT_CODE_FILE"):
+            Path(code_file).write_text(f"{error.exit_code}\n", encoding="utf-8")
+    os._exit(error.exit_code)  # not sys.exit: threads of a process group that others no longer serve would hang it

@@ -1,0 +1,154 @@
+"""Our flags (`--hbp-*`), the Megatron-LM flags that a plan implies, and what goes together."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hbp.data.store import TokenStore
+from megatron_hbp.errors import ConfigError, PlanError
+from megatron_hbp.planning import planfile
+from megatron_hbp.planning.plan import Plan
+
+
+def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron-LM's `extra_args_provider`. Strings, not paths: Megatron-LM saves them in checkpoints."""
+    group = parser.add_argument_group(
+        "hierarchical balance packing",
+        "Train on a plan made by `hbp plan` from a token store made by `hbp prepare`. Without --hbp-plan this program is "
+        "plain Megatron-LM. A plan sets the batch size, the number of iterations, the sequence length, the vocabulary "
+        "size, the per-token loss and zero dropout unless flags say otherwise.",
+    )
+    group.add_argument("--hbp-plan", help="plan file: which rank runs which samples in which micro-batch")
+    group.add_argument("--hbp-store", help="token store that the plan schedules")
+    group.add_argument("--hbp-valid-plan", help="plan of the held-out samples, for evaluation")
+    group.add_argument("--hbp-valid-store", help="token store of the held-out samples")
+    group.add_argument("--hbp-metrics", help="write one JSON line a step, and a summary per tier, here")
+    return parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedData:
+    """A plan and the store it belongs to."""
+
+    plan: Plan
+    store: TokenStore
+
+    @staticmethod
+    def load(plan_path: str, store_path: str | None, flag: str) -> "PlannedData":
+        """Open both and check that they belong together; `flag` names the plan's option in messages."""
+        if store_path is None:
+            raise ConfigError(f"{flag} {plan_path} needs its token store: give {flag.replace('plan', 'store')} DIR")
+        plan, store = planfile.load(Path(plan_path)), TokenStore.open(Path(store_path))
+        planfile.check_data(plan, store.lengths, store.fingerprint)
+        for tier in plan.tiers:
+            if tier.layout != "contiguous":
+                raise ConfigError(f"tier {tier}: only contiguous token layouts can be trained so far; plan without zigzag")
+        return PlannedData(plan=plan, store=store)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HbpOptions:
+    """Our own flags, read before Megatron-LM reads the whole line."""
+
+    train: PlannedData | None
+    valid: PlannedData | None
+    metrics: Path | None
+
+    @staticmethod
+    def from_argv(argv: list[str]) -> "HbpOptions":
+        """Read `--hbp-*` from a command line that has other flags too; opens plans and stores."""
+        parser = add_hbp_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+        args, _ = parser.parse_known_args(argv)
+        if args.hbp_plan is None:
+            stray = [name for name, value in vars(args).items() if value is not None]
+            if stray:
+                raise ConfigError(f"--{stray[0].replace('_', '-')} needs --hbp-plan")
+            return HbpOptions(train=None, valid=None, metrics=None)
+        train = PlannedData.load(args.hbp_plan, args.hbp_store, "--hbp-plan")
+        valid = None
+        if args.hbp_valid_plan is not None:
+            valid = PlannedData.load(args.hbp_valid_plan, args.hbp_valid_store, "--hbp-valid-plan")
+            if valid.plan.num_ranks != train.plan.num_ranks:
+                raise PlanError(
+                    f"--hbp-plan is for {train.plan.num_ranks} data-parallel ranks, --hbp-valid-plan for "
+                    f"{valid.plan.num_ranks}: make both with the same `hbp plan --ranks`"
+                )
+        return HbpOptions(train=train, valid=valid, metrics=Path(args.hbp_metrics) if args.hbp_metrics else None)
+
+
+def implied_flags(options: HbpOptions) -> list[str]:
+    """Megatron-LM flags that follow from a plan; they go before the user's, so that the user's win."""
+    assert options.train is not None
+    plan, store = options.train.plan, options.train.store
+    flags: dict[str, Any] = {
+        "--micro-batch-size": 1,
+        "--global-batch-size": plan.num_ranks * plan.max_micro_batches,
+        "--train-iters": plan.num_steps,
+        "--seq-length": max(tier.local_tokens for tier in plan.tiers),
+        "--max-position-embeddings": max(tier.packing_length for tier in plan.tiers),
+        "--dataloader-type": "external",
+        "--position-embedding-type": "rope",
+        "--attention-dropout": 0,
+        "--hidden-dropout": 0,
+        "--eval-iters": options.valid.plan.num_steps if options.valid else 0,
+        "--eval-interval": max(1, plan.num_steps),
+        "--tokenizer-type": "NullTokenizer",
+        "--vocab-size": store.manifest["tokenizer"]["vocab_size"],
+    }
+    return [str(word) for pair in flags.items() for word in pair] + ["--calculate-per-token-loss"]
+
+
+def check_together(args: Any, options: HbpOptions) -> None:
+    """Raise ConfigError or PlanError where Megatron-LM's flags contradict the plan."""
+    assert options.train is not None
+    plan = options.train.plan
+    refused = {
+        "--context-parallel-size": args.context_parallel_size > 1 and "the plan sets the CP degree of each micro-batch",
+        "--hybrid-context-parallel": args.hybrid_context_parallel and "the plan sets the CP degree of each micro-batch",
+        "--data-path": args.data_path is not None and "the data come from --hbp-store",
+        "--sft": args.sft and "the data come from --hbp-store",
+        "--mtp-num-layers": args.mtp_num_layers and "multi-token prediction crosses the borders of samples in a pack",
+        "--iterations-to-skip": args.iterations_to_skip and "a step that is skipped would shift the plan",
+        "--rampup-batch-size": args.rampup_batch_size and "the plan sets the batch of each step",
+        "--cuda-graph-impl": args.cuda_graph_impl != "none" and "shapes and recompute change between micro-batches",
+        "--moe-aux-loss-coeff": args.num_experts
+        and np.any(np.asarray(args.moe_aux_loss_coeff) != 0)
+        and "the router's balance loss does not know the CP group of a micro-batch yet: give 0",
+        "--recompute-granularity": args.recompute_granularity is not None
+        and "the tiers set recompute: write it there, for example 16384:cp1:full28 or 16384:cp1:sel=core_attn",
+    }
+    for flag, reason in refused.items():
+        if reason:
+            raise ConfigError(f"{flag} cannot be used with --hbp-plan: {reason}")
+    if not args.calculate_per_token_loss or args.micro_batch_size != 1 or args.dataloader_type != "external":
+        raise ConfigError("--hbp-plan needs --calculate-per-token-loss, --micro-batch-size 1, --dataloader-type external")
+    if plan.num_ranks != args.data_parallel_size:
+        raise PlanError(
+            f"the plan is for {plan.num_ranks} data-parallel ranks, this run has {args.data_parallel_size} (world "
+            f"{args.world_size} / TP {args.tensor_model_parallel_size} / PP {args.pipeline_model_parallel_size}): "
+            f"make it again with `hbp plan --ranks {args.data_parallel_size}`"
+        )
+    if args.train_iters > plan.num_steps:
+        raise PlanError(f"--train-iters {args.train_iters} exceeds the plan's {plan.num_steps} steps")
+    if plan.schedule != "lockstep":
+        raise PlanError(f"the plan's schedule is {plan.schedule!r}, only lockstep plans can be trained so far")
+    if args.pipeline_model_parallel_size > 1:
+        lengths = {tier.local_tokens for tier in plan.tiers}
+        if lengths != {args.seq_length} and not args.variable_seq_lengths:
+            raise ConfigError(
+                f"pipeline stages exchange fixed shapes: give all tiers the same local tokens (they have "
+                f"{sorted(lengths)}), or --variable-seq-lengths"
+            )
+
+
+def describe(options: HbpOptions) -> str:
+    """One line for the log."""
+    assert options.train is not None
+    plan = options.train.plan
+    return json.dumps(
+        {"plan": plan.hash, "tiers": [str(t) for t in plan.tiers], "ranks": plan.num_ranks, "steps": plan.num_steps}
+    )
