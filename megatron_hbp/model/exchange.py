@@ -19,16 +19,19 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # noqa: D102
         ctx.group = group
-        received = torch.empty_like(x)
-        dist.all_to_all_single(received, x.contiguous(), group=group)
-        return received
+        return _exchanged(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
-        received = torch.empty_like(grad)
-        dist.all_to_all_single(received, grad.contiguous(), group=ctx.group)
-        return received, None
+        return _exchanged(grad, ctx.group), None
+
+
+def _exchanged(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    x = x.contiguous()  # before empty_like, which would keep the strides of a transposed view
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=group)
+    return received
 
 
 def check_heads(num_query_heads: int, num_kv_heads: int, cp_degree: int) -> None:

@@ -55,6 +55,7 @@ class Feed:
         unit: int,
         full_length: bool,
         device: torch.device,
+        joint_recompute: bool = False,
         first_step: int = 0,
         cyclic: bool = False,
     ):
@@ -68,11 +69,13 @@ class Feed:
             unit: local tokens are padded to a multiple of this (tensor-parallel width under sequence parallelism).
             full_length: pad every pack to its tier's packing length (pipeline stages exchange fixed shapes).
             device: where the tensors go.
+            joint_recompute: give all ranks of a slot one recompute policy (experts are exchanged, see `joint_policy`).
             first_step: step to start at (resume).
             cyclic: start again after the last step (evaluation), instead of ending.
         """
         self.plan, self.store, self.groups, self.rank = plan, store, groups, rank
         self.unit, self.full_length, self.device = unit, full_length, device
+        self.joint_recompute = joint_recompute
         self._micro_batches = self._iterate(first_step, cyclic)
 
     def __iter__(self) -> "Feed":
@@ -116,13 +119,21 @@ class Feed:
         cut = slice_of_pack(
             samples, padded_length=length, cp_degree=tier.cp_degree, cp_rank=self.rank - pack.rank0
         )
-        return self._micro_batch(step, slot, pack.tier, pack.sample_ids, cut, tier.cp_degree, tier.recompute)
+        return self._micro_batch(step, slot, pack.tier, pack.sample_ids, cut, tier.cp_degree)
 
     def _dummy(self, step: int, slot: int) -> MicroBatch:
         """A micro-batch without supervised tokens: equal counts on all ranks, no weight in the loss, CP degree 1."""
         length = self.plan.tiers[0].local_tokens if self.full_length else self.unit
         cut = slice_of_pack([], padded_length=length, cp_degree=1, cp_rank=0)
-        return self._micro_batch(step, slot, DUMMY, np.zeros(0, np.int64), cut, 1, Recompute())
+        return self._micro_batch(step, slot, DUMMY, np.zeros(0, np.int64), cut, 1)
+
+    def _recompute(self, step: int, slot: int, tier: int) -> Recompute:
+        """This rank's policy in a slot; ranks of a slot with different tiers may have to agree on one."""
+        if not self.joint_recompute:
+            return Recompute() if tier == DUMMY else self.plan.tiers[tier].recompute
+        packs = self.plan.grid[step, slot]
+        tiers = np.unique(self.plan.pack_tier[packs[packs >= 0]])
+        return joint_policy([self.plan.tiers[t].recompute for t in tiers])
 
     def _micro_batch(
         self,
@@ -132,7 +143,6 @@ class Feed:
         sample_ids: np.ndarray,
         cut: PackSlice,
         cp_degree: int,
-        recompute: Recompute,
     ) -> MicroBatch:
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -153,6 +163,19 @@ class Feed:
                 cu_seqlens=on_device(cut.cu_seqlens),
                 max_seqlen=int(np.diff(cut.cu_seqlens).max()),
                 segments=tuple(cut.cu_seqlens.tolist()),
-                recompute=recompute,
+                recompute=self._recompute(step, slot, tier),
             ),
         )
+
+
+def joint_policy(policies: list[Recompute]) -> Recompute:
+    """One policy that covers `policies`: full with the most layers if any is full, else the union of their modules.
+
+    Recomputing an MoE layer exchanges its tokens between experts once more. Ranks of an expert-parallel group that
+    recompute different layers would wait for each other for ever, so a slot of mixed tiers takes the joint policy.
+    """
+    layers = max((policy.num_layers for policy in policies), default=0)
+    if layers:
+        return Recompute(granularity="full", num_layers=layers)
+    modules = tuple(sorted({name for policy in policies for name in policy.modules}))
+    return Recompute(granularity="selective", modules=modules) if modules else Recompute()

@@ -102,6 +102,7 @@ def _feeds_provider(options: Any) -> Any:
                 unit=args.tensor_model_parallel_size if args.sequence_parallel else 1,
                 full_length=args.pipeline_model_parallel_size > 1 and not args.variable_seq_lengths,
                 device=torch.device(torch.cuda.current_device()),
+                joint_recompute=args.expert_model_parallel_size > 1,
                 first_step=0 if part is options.valid else args.iteration,
                 cyclic=part is options.valid,
             )

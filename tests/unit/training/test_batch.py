@@ -1,0 +1,64 @@
+"""Slices of packs, checked against a brute-force reading of the definition."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_hbp.training.batch import PADDING_SEGMENT, padded_length, slice_of_pack
+
+
+def brute_force(samples, length):
+    """Token by token: (token, label, supervised, position) of the whole padded pack, and the segment starts."""
+    rows, starts = [], [0]
+    for tokens, mask in samples:
+        for i, token in enumerate(tokens):
+            last = i + 1 == len(tokens)
+            rows.append((token, 0 if last else tokens[i + 1], False if last else bool(mask[i + 1]), i))
+        starts.append(len(rows))
+    while len(rows) < length:
+        rows += [(0, 0, False, i) for i in range(min(PADDING_SEGMENT, length - len(rows)))]
+        starts.append(len(rows))
+    return rows, starts
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), max_size=8),
+    cp_degree=st.sampled_from([1, 2, 3, 4, 6]),
+    unit=st.sampled_from([1, 2, 16]),
+    extra=st.integers(0, 20),
+    seed=st.integers(0, 2**16),
+)
+def test_slices_match_the_definition(lengths, cp_degree, unit, extra, seed):
+    rng = np.random.default_rng(seed)
+    samples = [(rng.integers(1, 99, n), rng.integers(0, 2, n)) for n in lengths]
+    length = padded_length(sum(lengths), cp_degree=cp_degree, unit=unit) + extra * cp_degree * unit
+    rows, starts = brute_force(samples, length)
+
+    cuts = [slice_of_pack(samples, padded_length=length, cp_degree=cp_degree, cp_rank=r) for r in range(cp_degree)]
+
+    assert [int(t) for cut in cuts for t in cut.tokens] == [row[0] for row in rows]
+    assert [int(t) for cut in cuts for t in cut.labels] == [row[1] for row in rows]
+    assert [int(p) for cut in cuts for p in cut.position_ids] == [row[3] for row in rows]
+    s = length // cp_degree
+    supervised = [r * s + int(i) for r, cut in enumerate(cuts) for i in cut.supervised]
+    assert supervised == [i for i, row in enumerate(rows) if row[2]]
+    for cut in cuts:
+        assert cut.cu_seqlens.tolist() == starts
+    assert sum(cut.num_real_tokens for cut in cuts) == sum(lengths)
+
+
+def test_by_hand():
+    samples = [(np.array([7, 8, 9]), np.array([0, 1, 1])), (np.array([5]), np.array([1])), (np.array([3, 4]), np.array([0, 1]))]
+    left, right = (slice_of_pack(samples, padded_length=8, cp_degree=2, cp_rank=r) for r in (0, 1))
+
+    assert left.tokens.tolist() == [7, 8, 9, 5] and right.tokens.tolist() == [3, 4, 0, 0]
+    assert left.labels.tolist() == [8, 9, 0, 0] and right.labels.tolist() == [4, 0, 0, 0]
+    assert left.supervised.tolist() == [0, 1] and right.supervised.tolist() == [0]
+    assert left.position_ids.tolist() == [0, 1, 2, 0] and right.position_ids.tolist() == [0, 1, 0, 1]
+    assert left.cu_seqlens.tolist() == right.cu_seqlens.tolist() == [0, 3, 4, 6, 8]
+
+
+@pytest.mark.parametrize("num_tokens, expected", [(0, 8), (1, 8), (8, 8), (9, 16)])
+def test_padding_is_least(num_tokens, expected):
+    assert padded_length(num_tokens, cp_degree=4, unit=2) == expected
