@@ -1,0 +1,111 @@
+"""What a token store says about itself: `manifest.json`, the names of its files and their hashes."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_hbp.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+LENGTHS_FILE = "lengths.npy"
+LOSS_TOKENS_FILE = "loss_tokens.npy"
+TOKENS_PREFIX = "tokens"
+LOSS_MASK_PREFIX = "loss_mask"
+
+BULK_FILES = (f"{TOKENS_PREFIX}.bin", f"{LOSS_MASK_PREFIX}.bin")
+"""As large as the data: their sizes are checked at every open, their hashes by `TokenStore.verify`."""
+INDEX_FILES = (f"{TOKENS_PREFIX}.idx", f"{LOSS_MASK_PREFIX}.idx", LENGTHS_FILE, LOSS_TOKENS_FILE)
+"""Some 60 bytes a sample in all: hashed at every open, for one wrong pointer silently trains on other text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """Size in bytes and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileInfo":
+        """Measure a file; raises OSError."""
+        with path.open("rb") as stream:
+            return cls(bytes=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerInfo:
+    """Which tokenizer and template made the tokens."""
+
+    name: str
+    """As given on the command line: a directory or a hub name."""
+    sha256: str
+    """Over the tokenizer's files, so that the same tokenizer at another path is the same."""
+    chat_template_sha256: str
+    vocab_size: int
+    """Entries with added tokens; every id is below it."""
+    eos_id: int | None
+    pad_id: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """One input file: what it held and what was left out."""
+
+    path: str
+    sha256: str
+    bytes: int
+    num_lines: int
+    num_samples: int
+    skipped: Mapping[str, int]
+    """Lines skipped in lenient mode, by kind of fault."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The identity of a store. `fingerprint` is what plans and checkpoints name their data by."""
+
+    num_samples: int
+    num_tokens: int
+    num_loss_tokens: int
+    max_length: int | None
+    tokenizer: TokenizerInfo
+    sources: tuple[SourceInfo, ...]
+    files: Mapping[str, FileInfo]
+    fingerprint: str
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read `manifest.json`; raises DataError when it is missing, damaged, or of another format."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            version = fields["format_version"]
+            if version != FORMAT_VERSION:
+                raise DataError(f"{path}: format {version}, this hbp reads {FORMAT_VERSION}; run `hbp prepare` again")
+            return cls(
+                **fields
+                | {
+                    "tokenizer": TokenizerInfo(**fields["tokenizer"]),
+                    "sources": tuple(SourceInfo(**source) for source in fields["sources"]),
+                    "files": {name: FileInfo(**info) for name, info in fields["files"].items()},
+                }
+            )
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read: {error.strerror}; wanted: a token store made by `hbp prepare`"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: damaged: {error}; run `hbp prepare` again") from error
+
+
+def fingerprint(files: Mapping[str, FileInfo]) -> str:
+    """SHA-256 hex over the hashes of the tokens, the loss mask and the lengths: the content, not its paths or dates."""
+    content = (*BULK_FILES, LENGTHS_FILE)
+    return hashlib.sha256("".join(f"{name} {files[name].sha256}\n" for name in content).encode()).hexdigest()

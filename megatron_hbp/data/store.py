@@ -1,0 +1,147 @@
+"""Reading a token store: samples of tokens and loss mask, mapped from disk.
+
+    STORE/tokens.bin, .idx      Megatron IndexedDataset, int32
+    STORE/loss_mask.bin, .idx   Megatron IndexedDataset, uint8
+    STORE/lengths.npy           int64 [num_samples], tokens of each sample
+    STORE/loss_tokens.npy       int64 [num_samples], ones in each sample's loss mask
+    STORE/manifest.json         counts, tokenizer, sources, sizes and hashes, fingerprint
+
+The mask marks the *targets*: `loss_mask[i] == 1` says that token i is to be predicted (from those before it). Whoever
+feeds the model shifts it.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hbp.data.indexed import open_reader
+from megatron_hbp.data.manifest import (
+    BULK_FILES,
+    INDEX_FILES,
+    LENGTHS_FILE,
+    LOSS_MASK_PREFIX,
+    LOSS_TOKENS_FILE,
+    MANIFEST_FILE,
+    TOKENS_PREFIX,
+    FileInfo,
+    Manifest,
+    fingerprint,
+)
+from megatron_hbp.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenStore:
+    """An opened store. Lengths and counts are in memory; samples are read on demand, and may be by many processes."""
+
+    path: Path
+    manifest: Manifest = field(repr=False)
+    lengths: np.ndarray = field(repr=False)
+    """int64 [num_samples]"""
+    loss_tokens: np.ndarray = field(repr=False)
+    """int64 [num_samples], ones in each sample's loss mask"""
+
+    @classmethod
+    def open(cls, path: Path | str) -> "TokenStore":
+        """Open a store and check it against its manifest: every size, and the hashes of all but the bulk files.
+
+        Raises DataError that names the file when one is missing, cut short or damaged.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise DataError(f"{path}: no such token store; make one with `hbp prepare --out {path}`")
+        manifest = Manifest.read(path / MANIFEST_FILE)
+        _check_files(path, manifest)
+        store = cls(
+            path=path,
+            manifest=manifest,
+            lengths=_load(path / LENGTHS_FILE),
+            loss_tokens=_load(path / LOSS_TOKENS_FILE),
+        )
+        store._check_counts()
+        return store
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+        return self.manifest.num_samples
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 hex over the store's tokens, masks and lengths."""
+        return self.manifest.fingerprint
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process without the mapped files: it maps them itself."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_tokens", "_masks")}
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (tokens int64 [n], loss mask uint8 [n]) of one sample, both copies; raises IndexError."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples} in {self.path}")
+        return self._tokens[index].astype(np.int64), self._masks[index].copy()
+
+    def verify(self) -> None:
+        """Hash the bulk files too (about 1 GB/s); raises DataError for the first that has changed."""
+        for name in BULK_FILES:
+            _check_hash(self.path / name, self.manifest.files[name])
+
+    @cached_property
+    def _tokens(self) -> Any:
+        return open_reader(self.path, TOKENS_PREFIX)
+
+    @cached_property
+    def _masks(self) -> Any:
+        return open_reader(self.path, LOSS_MASK_PREFIX)
+
+    def _check_counts(self) -> None:
+        found = (len(self.lengths), int(self.lengths.sum()), len(self.loss_tokens), int(self.loss_tokens.sum()))
+        manifest = self.manifest
+        stated = (manifest.num_samples, manifest.num_tokens, manifest.num_samples, manifest.num_loss_tokens)
+        if found != stated:
+            raise _damaged(self.path / MANIFEST_FILE, f"counts {stated} do not fit the data, which has {found}")
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    for name in (*BULK_FILES, *INDEX_FILES):
+        stated = manifest.files.get(name)
+        if stated is None:
+            raise _damaged(path / MANIFEST_FILE, f"{name} is not in its list of files")
+        if not (path / name).is_file():
+            raise _damaged(path / name, "missing")
+        size = (path / name).stat().st_size
+        if size != stated.bytes:
+            raise _damaged(path / name, f"{size} bytes, the manifest says {stated.bytes}")
+    for name in INDEX_FILES:
+        _check_hash(path / name, manifest.files[name])
+    if fingerprint(manifest.files) != manifest.fingerprint:
+        raise _damaged(path / MANIFEST_FILE, "the fingerprint does not fit the hashes of the files")
+
+
+def _check_hash(path: Path, stated: FileInfo) -> None:
+    try:
+        found = FileInfo.of(path)
+    except OSError as error:
+        raise _damaged(path, f"cannot be read: {error.strerror}") from error
+    if found != stated:
+        raise _damaged(path, f"SHA-256 is {found.sha256[:12]}..., the manifest says {stated.sha256[:12]}...")
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(path, str(error)) from error
+    if values.dtype != np.int64 or values.ndim != 1:
+        raise _damaged(path, f"{values.dtype} {list(values.shape)}, wanted int64 [num_samples]")
+    return values
+
+
+def _damaged(path: Path, what: str) -> DataError:
+    return DataError(f"{path}: token store damaged: {what}; run `hbp prepare` again")

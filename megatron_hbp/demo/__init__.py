@@ -1,0 +1,1 @@
+"""The demo: real text, two small models, naive packing against HBP."""
