@@ -1,0 +1,23 @@
+"""Offline, global, hashed plans: which samples run together, on which ranks, in which step. numpy only.
+
+lengths --group_data--> tiers --pack, fill--> packs --balance--> slots --shuffle--> steps = Plan --save--> file
+"""
+
+from megatron_hbp.planning.plan import DataFingerprint, Plan
+from megatron_hbp.planning.planfile import check_data, load, save
+from megatron_hbp.planning.planner import make_plan, naive_plan
+from megatron_hbp.planning.types import Pack, Recompute, Tier, parse_tiers
+
+__all__ = [
+    "DataFingerprint",
+    "Pack",
+    "Plan",
+    "Recompute",
+    "Tier",
+    "check_data",
+    "load",
+    "make_plan",
+    "naive_plan",
+    "parse_tiers",
+    "save",
+]

@@ -97,7 +97,7 @@ def implied_flags(options: HbpOptions) -> list[str]:
         "--eval-iters": options.valid.plan.num_steps if options.valid else 0,
         "--eval-interval": max(1, plan.num_steps),
         "--tokenizer-type": "NullTokenizer",
-        "--vocab-size": store.manifest["tokenizer"]["vocab_size"],
+        "--vocab-size": store.manifest.tokenizer.vocab_size,
     }
     return [str(word) for pair in flags.items() for word in pair] + ["--calculate-per-token-loss"]
 

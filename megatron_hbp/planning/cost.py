@@ -1,0 +1,169 @@
+"""What a micro-batch costs: seconds of one pack on its gang, as fixed + per_token * T + per_square * S.
+
+T are the tokens of the pack, S the sum of its squared sample lengths, c the CP degree, L the layers, and rho the share
+of layers whose forward runs again in the backward pass (recompute). Per rank:
+
+    linear     T / c * linear_flops * (3 + rho) / 3 / linear_rate       GEMMs: forward 1, backward 2, recompute rho
+    attention  S / c * attention_flops * (3.5 + rho) / attention_rate   causal: forward 1, backward 2.5, recompute rho
+    exchange   T / c * L * exchange_bytes * (2 + rho) * (c - 1) / c / bandwidth(c)       heads for sequence, exposed
+    fixed      micro_batch_seconds                                      parameter gathers, launches
+
+The constants of the presets were fitted by hand to tables 4, 18 and 19 of the paper (arXiv 2503.07680); profile your
+own cluster for better ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.types import Recompute, Tier
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierCost:
+    """Seconds of a pack of one tier: fixed + per_token * T + per_square * S."""
+
+    fixed: float
+    per_token: float
+    per_square: float
+
+    def seconds(self, tokens: np.ndarray, squares: np.ndarray) -> np.ndarray:
+        """Modelled seconds [packs] of packs with `tokens` [packs] and summed squares `squares` [packs]."""
+        return self.fixed + self.per_token * tokens + self.per_square * squares
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """One model on one kind of cluster; see the head of this module for the formula."""
+
+    name: str
+    num_layers: int
+    linear_flops: float
+    """FLOPs a token in all GEMMs, forward and backward."""
+    attention_flops: float
+    """FLOPs of the forward of causal attention, per squared token, all layers."""
+    exchange_bytes: float
+    """Bytes a token and layer in the forward's exchange (q, k, v and output)."""
+    linear_rate: float
+    """FLOP/s reached in GEMMs."""
+    attention_rate: float
+    """FLOP/s reached in attention."""
+    node_bandwidth: float
+    """Bytes/s of the exchange inside a node."""
+    cluster_bandwidth: float
+    """Bytes/s of the exchange across nodes."""
+    micro_batch_seconds: float
+    """Seconds that every micro-batch costs whatever it holds."""
+    step_seconds: float = 0.0
+    """Seconds that every step costs beside its micro-batches."""
+    node_size: int = 8
+    """Ranks in a node."""
+    recompute_layers: tuple[tuple[int, int], ...] = ()
+    """(local tokens, fewest recomputed layers that fit into memory), growing; from a profile."""
+
+    def tier_cost(self, tier: Tier) -> TierCost:
+        """Coefficients of `tier`."""
+        cp_degree = tier.cp_degree
+        linear, attention = self._recomputed_shares(tier.recompute)
+        bandwidth = self.node_bandwidth if cp_degree <= self.node_size else self.cluster_bandwidth
+        exchange = self.num_layers * self.exchange_bytes * (2 + attention) * (cp_degree - 1) / cp_degree / bandwidth
+        return TierCost(
+            fixed=self.micro_batch_seconds,
+            per_token=(self.linear_flops * (3 + linear) / 3 / self.linear_rate + exchange) / cp_degree,
+            per_square=self.attention_flops * (3.5 + attention) / self.attention_rate / cp_degree,
+        )
+
+    def pack_seconds(
+        self, tiers: Sequence[Tier], pack_tier: np.ndarray, tokens: np.ndarray, squares: np.ndarray
+    ) -> np.ndarray:
+        """Modelled seconds [packs] of packs of several tiers; all arguments but `tiers` are [packs]."""
+        table = np.array([(c.fixed, c.per_token, c.per_square) for c in map(self.tier_cost, tiers)])
+        fixed, per_token, per_square = table[pack_tier].T
+        return fixed + per_token * tokens + per_square * squares
+
+    def with_recompute(self, tier: Tier) -> Tier:
+        """`tier` with the fewest recomputed layers that fit, where it names no recompute and the profile knows."""
+        if tier.recompute.granularity or not self.recompute_layers:
+            return tier
+        for local_tokens, layers in self.recompute_layers:
+            if tier.local_tokens <= local_tokens:
+                full = Recompute(granularity="full", num_layers=layers) if layers else Recompute()
+                return replace(tier, recompute=full)
+        limit = self.recompute_layers[-1][0]
+        raise ConfigError(
+            f"tier {tier}: {tier.local_tokens} tokens on a rank do not fit into memory with {self.name} "
+            f"(at most {limit}); raise the CP degree, or name the recompute yourself (:fullN)"
+        )
+
+    def _recomputed_shares(self, recompute: Recompute) -> tuple[float, float]:
+        """Shares (GEMMs, attention) of the forward that run again."""
+        if recompute.granularity == "full":
+            share = min(recompute.num_layers / self.num_layers, 1.0)
+            return share, share
+        modules = recompute.modules
+        # An MLP holds about two thirds of a dense layer's GEMM FLOPs.
+        return (2 / 3 if "mlp" in modules or "moe" in modules else 0.0), float("core_attn" in modules)
+
+
+def dense_model(
+    name: str, *, num_layers: int, hidden: int, num_heads: int, num_kv_heads: int, head_width: int, parameters: float,
+    **rates: object,
+) -> CostModel:  # fmt: skip
+    """Cost model of a dense GQA transformer; `parameters` are those in GEMMs, the output head included."""
+    query, key_value = num_heads * head_width, num_kv_heads * head_width
+    return CostModel(
+        name=name,
+        num_layers=num_layers,
+        linear_flops=6.0 * parameters,
+        attention_flops=2.0 * query * num_layers,
+        exchange_bytes=2.0 * (2 * query + 2 * key_value),
+        **rates,  # type: ignore[arg-type]
+    )
+
+
+_H100 = {
+    "linear_rate": 515e12,
+    "attention_rate": 308e12,
+    "node_bandwidth": 129e9,
+    "cluster_bandwidth": 45e9,
+}
+
+PRESETS: dict[str, CostModel] = {
+    model.name: model
+    for model in (
+        dense_model(
+            "llama3.1-8b-h100", num_layers=32, hidden=4096, num_heads=32, num_kv_heads=8, head_width=128,
+            parameters=7.5e9, micro_batch_seconds=0.188,
+            recompute_layers=((2048, 0), (4096, 8), (8192, 23), (16384, 28)), **_H100,
+        ),
+        # 70B and 32B: the 8B's rates; a tensor-parallel group of 8 (4) counts as one rank that is 8 (4) times as fast.
+        dense_model(
+            "llama3.1-70b-h100-tp8", num_layers=80, hidden=8192, num_heads=64, num_kv_heads=8, head_width=128,
+            parameters=69.5e9, micro_batch_seconds=0.47, node_size=1,
+            **(_H100 | {"linear_rate": 8 * 515e12, "attention_rate": 8 * 308e12, "cluster_bandwidth": 8 * 45e9}),
+        ),
+        dense_model(
+            "qwen2.5-32b-h100-tp4", num_layers=64, hidden=5120, num_heads=40, num_kv_heads=8, head_width=128,
+            parameters=31.8e9, micro_batch_seconds=0.376, node_size=2,
+            **{key: 4 * rate for key, rate in _H100.items()},
+        ),
+        # 128 heads; q and k 192 wide, v and output 128 (latents expanded as in training); 21e9 active parameters.
+        CostModel(
+            name="deepseek-v2-h100", num_layers=60, linear_flops=6 * 21e9, attention_flops=128 * (192 + 128) * 60.0,
+            exchange_bytes=2.0 * 128 * (192 + 192 + 128 + 128), linear_rate=207e12, attention_rate=200e12,
+            node_bandwidth=45e9, cluster_bandwidth=45e9, micro_batch_seconds=0.3, step_seconds=0.5,
+        ),
+    )
+}  # fmt: skip
+"""Shipped cost models by name."""
+
+DEFAULT_COST_MODEL = "llama3.1-8b-h100"
+
+
+def preset(name: str) -> CostModel:
+    """The shipped cost model `name`. Raises ConfigError for an unknown one."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown cost model {name!r}; there are {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]
