@@ -1,0 +1,1 @@
+"""One file a sub-command of `hbp`: read options, call the package, print tables."""

@@ -60,7 +60,7 @@ class CorpusSize:
     documents: int
 
 
-TRAIN_SIZE = CorpusSize(conversations=1_400_000, documents=1_000_000)
+TRAIN_SIZE = CorpusSize(conversations=1_000_000, documents=600_000)
 HELDOUT_SIZE = CorpusSize(conversations=40_000, documents=32_000)
 
 

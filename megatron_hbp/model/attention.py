@@ -1,7 +1,7 @@
 """Core attention of every layer, in place of Megatron-LM's: exchange, varlen kernel, exchange back.
 
-Takes the place of `core_attention` in the layer specs (hook 3 of the design), so Megatron-LM's attention classes, GQA and
-MLA, stay as they are. Megatron-LM's layout: q [s, 1, h, d], k and v [s, 1, k, d], output [s, 1, h * dv].
+Takes the place of `core_attention` in the layer specs (hook 3 of the design), so Megatron-LM's attention classes, GQA
+and MLA, stay as they are. Megatron-LM's layout: q [s, 1, h, d], k and v [s, 1, k, d], output [s, 1, h * dv].
 """
 
 import math
@@ -41,7 +41,8 @@ class PackedCoreAttention(MegatronModule):
         if config.softmax_type != "vanilla":
             raise ConfigError(f"--softmax-type {config.softmax_type} is not supported with --hbp-plan: use vanilla")
         self.layer_number = layer_number
-        self.softmax_scale = 1.0 / math.sqrt(k_channels or config.kv_channels) if softmax_scale is None else softmax_scale
+        default_scale = 1.0 / math.sqrt(k_channels or config.kv_channels)
+        self.softmax_scale = default_scale if softmax_scale is None else softmax_scale
         if config.apply_query_key_layer_scaling:
             self.softmax_scale /= max(1, layer_number)
 

@@ -1,9 +1,9 @@
 """What a layer may know of the micro-batch it is working on.
 
-Megatron-LM hands its layers tensors only, and its own context-parallel group is static. Ours changes from micro-batch to
-micro-batch, so it travels beside the tensors: `bind(context)` makes one `MicroBatchContext` current for one forward pass
-and restores the previous one in `finally`. A recompute during the backward pass runs when another micro-batch may be
-current (1F1B); `capture_context` therefore keeps the forward's context with every recomputed function.
+Megatron-LM hands its layers tensors only, and its own context-parallel group is static. Ours changes from micro-batch
+to micro-batch, so it travels beside the tensors: `bind(context)` makes one `MicroBatchContext` current for one forward
+pass and restores the previous one in `finally`. A recompute during the backward pass runs when another micro-batch may
+be current (1F1B); `capture_context` therefore keeps the forward's context with every recomputed function.
 
 Shapes: `s` tokens of this rank's slice, `t` tokens of the whole pack (s * cp_degree), `n` samples of the pack.
 """
@@ -90,7 +90,7 @@ def on_bind(callback: Callable[[MicroBatchContext], None]) -> Iterator[None]:
 
 
 def capture_context(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Bind the context that is current *now* around every later call of `function`; without one, return it unchanged."""
+    """Bind the context that is current *now* around every later call of `function`; without one, change nothing."""
     if _current is None:
         return function
     captured = _current

@@ -17,13 +17,13 @@ class _AllToAll(torch.autograd.Function):
     """Send x[r] to rank r and return what each rank sent here, [c, ...] -> [c, ...]; its backward is itself."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # noqa: D102
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         return _exchanged(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _exchanged(grad, ctx.group), None
 
 
@@ -61,7 +61,8 @@ def sequence_to_heads(
     widths = [x.shape[2] for x in per_rank]
     received = _AllToAll.apply(torch.cat(per_rank, dim=2).transpose(0, 1).contiguous(), group)  # [c, s, w]
     parts = received.reshape(c * s, -1).split(widths, dim=1)
-    return tuple(part.reshape(c * s, -1, x.shape[2]) for part, x in zip(parts, (q, k, v), strict=True))  # type: ignore[return-value]
+    mine = [part.reshape(c * s, -1, x.shape[2]) for part, x in zip(parts, (q, k, v), strict=True)]
+    return mine[0], mine[1], mine[2]
 
 
 def heads_to_sequence(out: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

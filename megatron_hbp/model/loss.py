@@ -1,8 +1,9 @@
 """The stable loss ("Ave-Token", paper section 3.4): every supervised token of a step weighs the same.
 
 Each rank returns the *sum* of its tokens' losses and their count; with --calculate-per-token-loss Megatron-LM sums the
-counts over all data-parallel ranks and micro-batches and divides the summed gradients once. Every token lives on exactly
-one rank whatever the CP degree, so the same code is exact for any mixture of tiers, and a dummy micro-batch weighs nothing.
+counts over all data-parallel ranks and micro-batches and divides the summed gradients once. Every token lives on
+exactly one rank whatever the CP degree, so the same code is exact for any mixture of tiers, and a dummy micro-batch
+weighs nothing.
 
 Logits are computed for supervised tokens only. The loss keeps the dtype of fp64 and fp32 logits; fp16 and bf16 are
 computed in fp32 (Megatron-LM's own cross-entropy casts fp64 to fp32, which hides 6e-8 from an exactness test).

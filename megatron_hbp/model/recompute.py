@@ -88,9 +88,10 @@ def _owns(module: torch.nn.Module, flag: str) -> bool:
 def install_context_capture() -> None:
     """Make every recomputed function of Megatron-LM keep its micro-batch's context (see model/context.py).
 
-    All recompute passes through three entries: `tensor_parallel.checkpoint` (full, core_attn, mlp, moe, shared_experts),
-    `tensor_parallel.CheckpointWithoutOutput` (layernorm, mla_up_proj, moe_act) and Transformer Engine's `te_checkpoint`.
-    Callers reach the first two through the package's attribute; the third is imported by name. Idempotent.
+    All recompute passes through three entries: `tensor_parallel.checkpoint` (full, core_attn, mlp, moe,
+    shared_experts), `tensor_parallel.CheckpointWithoutOutput` (layernorm, mla_up_proj, moe_act) and Transformer
+    Engine's `te_checkpoint`. Callers reach the first two through the package's attribute; the third is imported by
+    name. Idempotent.
     """
     if getattr(tensor_parallel.checkpoint, "captures_context", False):
         return

@@ -36,7 +36,8 @@ class PackedRotary(nn.Module):
 
 def localise(model: torch.nn.Module) -> int:
     """Wrap every rotary embedding in `model`; returns how many (1 for a GPT model, 1 a layer for MLA)."""
-    holders = [m for m in model.modules() if isinstance(getattr(m, "rotary_pos_emb", None), nn.Module)]
-    for holder in holders:
-        holder.rotary_pos_emb = PackedRotary(holder.rotary_pos_emb)
-    return len(holders)
+    found = [(holder, getattr(holder, "rotary_pos_emb", None)) for holder in model.modules()]
+    rotaries = [(holder, rotary) for holder, rotary in found if isinstance(rotary, nn.Module)]
+    for holder, rotary in rotaries:
+        holder.rotary_pos_emb = PackedRotary(rotary)
+    return len(rotaries)

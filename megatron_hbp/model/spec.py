@@ -20,7 +20,10 @@ from megatron_hbp.model.rotary import localise
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder's spec, dense or MoE, GQA or MLA, local or Transformer Engine (GPTModelConfig.transformer_layer_spec)."""
+    """The decoder's spec, dense or MoE, GQA or MLA, local or Transformer Engine.
+
+    Goes into GPTModelConfig.transformer_layer_spec.
+    """
     transformer = config.transformer
     spec = get_gpt_decoder_block_spec(
         transformer,
@@ -63,7 +66,8 @@ def _replaced(value: Any, swap: dict[Any, Any]) -> Any:
         return [_replaced(item, swap) for item in value]
     if dataclasses.is_dataclass(value):
         fields = {f.name: _replaced(getattr(value, f.name), swap) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **fields)
+        make: Any = type(value)
+        return make(**fields)
     return value
 
 

@@ -1,0 +1,1 @@
+"""Process groups of the plan: every CP group made at start-up."""

@@ -45,8 +45,8 @@ class CpGroups:
         for degree in sorted(set(cp_degrees) - {1}):
             if len(mine) % degree:
                 raise ConfigError(
-                    f"a tier has CP degree {degree}, but there are {len(mine)} data-parallel ranks "
-                    f"(world {dist.get_world_size()}); the degree must divide them: change --tiers or the number of ranks"
+                    f"a tier has CP degree {degree}, but there are {len(mine)} data-parallel ranks (world "
+                    f"{dist.get_world_size()}); the degree must divide them: change --tiers or the number of ranks"
                 )
             if degree == len(mine):
                 by_degree[degree] = dp_group

@@ -1,6 +1,7 @@
 """Each rank reads its own part of the plan: no sampler, no broadcast, no collective in the data path.
 
-Every rank of a gang, every tensor-parallel rank and every pipeline stage maps the same store and cuts out its own slice.
+Every rank of a gang, every tensor-parallel rank and every pipeline stage maps the same store and cuts out its own
+slice.
 """
 
 from collections.abc import Iterator

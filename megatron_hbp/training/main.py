@@ -108,7 +108,7 @@ def _feeds_provider(options: Any) -> Any:
             )
             for part in data
         ]
-        train, valid = (feeds + [None])[:2]
+        train, valid = [*feeds, None][:2]
         assert train is not None
         return train, valid, None
 

@@ -1,8 +1,8 @@
 """What a run writes down: one JSON line a step, and what each tier cost in all.
 
 The file is made by the last rank (the one that prints Megatron-LM's losses): {"kind": "step", ...} and {"kind":
-"validation", ...} lines as they happen, one {"kind": "summary", ...} line at the end. Times are host times: exact on CPU;
-on CUDA the device runs behind them, and only whole steps mean something.
+"validation", ...} lines as they happen, one {"kind": "summary", ...} line at the end. Times are host times: exact on
+CPU; on CUDA the device runs behind them, and only whole steps mean something.
 """
 
 import json

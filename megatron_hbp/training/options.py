@@ -18,9 +18,9 @@ def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     """Megatron-LM's `extra_args_provider`. Strings, not paths: Megatron-LM saves them in checkpoints."""
     group = parser.add_argument_group(
         "hierarchical balance packing",
-        "Train on a plan made by `hbp plan` from a token store made by `hbp prepare`. Without --hbp-plan this program is "
-        "plain Megatron-LM. A plan sets the batch size, the number of iterations, the sequence length, the vocabulary "
-        "size, the per-token loss and zero dropout unless flags say otherwise.",
+        "Train on a plan made by `hbp plan` from a token store made by `hbp prepare`. Without --hbp-plan this program "
+        "is plain Megatron-LM. A plan sets the batch size, the iterations, the sequence length, the vocabulary size, "
+        "the per-token loss and zero dropout unless flags say otherwise.",
     )
     group.add_argument("--hbp-plan", help="plan file: which rank runs which samples in which micro-batch")
     group.add_argument("--hbp-store", help="token store that the plan schedules")
@@ -46,7 +46,7 @@ class PlannedData:
         planfile.check_data(plan, store.lengths, store.fingerprint)
         for tier in plan.tiers:
             if tier.layout != "contiguous":
-                raise ConfigError(f"tier {tier}: only contiguous token layouts can be trained so far; plan without zigzag")
+                raise ConfigError(f"tier {tier}: only contiguous layouts can be trained so far; plan without zigzag")
         return PlannedData(plan=plan, store=store)
 
 
@@ -95,7 +95,7 @@ def implied_flags(options: HbpOptions) -> list[str]:
         "--attention-dropout": 0,
         "--hidden-dropout": 0,
         "--eval-iters": options.valid.plan.num_steps if options.valid else 0,
-        "--eval-interval": max(1, plan.num_steps),
+        "--eval-interval": plan.num_steps + 1,  # once, after the last step
         "--tokenizer-type": "NullTokenizer",
         "--vocab-size": store.manifest.tokenizer.vocab_size,
     }
@@ -125,7 +125,10 @@ def check_together(args: Any, options: HbpOptions) -> None:
         if reason:
             raise ConfigError(f"{flag} cannot be used with --hbp-plan: {reason}")
     if not args.calculate_per_token_loss or args.micro_batch_size != 1 or args.dataloader_type != "external":
-        raise ConfigError("--hbp-plan needs --calculate-per-token-loss, --micro-batch-size 1, --dataloader-type external")
+        raise ConfigError(
+            "--hbp-plan needs --calculate-per-token-loss, --micro-batch-size 1 and --dataloader-type external, "
+            "which it sets itself: drop what contradicts them"
+        )
     if plan.num_ranks != args.data_parallel_size:
         raise PlanError(
             f"the plan is for {plan.num_ranks} data-parallel ranks, this run has {args.data_parallel_size} (world "

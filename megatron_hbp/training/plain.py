@@ -27,7 +27,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     """Train, validation and test data sets from --data-path or --mock-data."""
     args = get_args()
     if args.sft or args.fim_data or args.hybrid_context_parallel:
-        raise ConfigError("--sft, --fim-data and --hybrid-context-parallel are not offered here: use --hbp-plan for chats")
+        raise ConfigError("--sft, --fim-data and --hybrid-context-parallel are not offered: use --hbp-plan for chats")
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,

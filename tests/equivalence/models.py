@@ -1,5 +1,7 @@
 """Tiny dense and DeepSeek-V2-style models in fp64, built by Megatron-LM from our specs, for exactness tests."""
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -15,7 +17,7 @@ VOCABULARY = 64
 
 def transformer_config(kind: str) -> TransformerConfig:
     """"dense": GQA, SwiGLU, RMSNorm, RoPE. "moe": MLA, shared and routed experts, first layer dense."""
-    common = dict(
+    common: dict[str, Any] = dict(  # noqa: C408
         num_layers=3,
         hidden_size=32,
         num_attention_heads=8,
@@ -78,7 +80,7 @@ def build(kind: str, *, packed: bool = True, ddp: bool = True, max_length: int =
     )
     if packed:
         config = with_packed_model(config)
-    # Megatron-LM's torch norm ignores params_dtype; DDP hooks hold on to the parameters, so convert before it wraps them
+    # Megatron-LM's torch norm ignores params_dtype; DDP hooks hold on to parameters, so convert before it wraps them
     config.pre_wrap_hooks.append(lambda chunks: [chunk.double() for chunk in chunks])
     return GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),

@@ -1,8 +1,8 @@
 """Runs on 4 gloo ranks: gradients of a step with mixed CP degrees against one sample at a time, in fp64.
 
 The yardstick of the dense model is Megatron-LM's *own* model, untouched, fed one unpadded sample at a time. (Its local
-core attention cannot be built for MLA, so there the yardstick is our model fed one sample at a time.) One figure a case:
-the largest |g - g_ref| over all parameters, relative to the largest |g_ref| of the same parameter.
+core attention cannot be built for MLA, so there the yardstick is our model fed one sample at a time.) One figure a
+case: the largest |g - g_ref| over all parameters, relative to the largest |g_ref| of the same parameter.
 """
 
 import contextlib
@@ -127,9 +127,9 @@ def yardstick(kind: str) -> dict[str, torch.Tensor]:
                 logits = chunks[0](inputs, positions, None)
         rows = torch.from_numpy(np.flatnonzero(mask[1:]))
         losses = torch.nn.functional.cross_entropy(logits[0, rows], torch.from_numpy(tokens)[rows + 1], reduction="sum")
-        (losses / dist.get_world_size()).backward()  # four ranks add up the same gradient: a quarter each, exact in fp64
+        (losses / dist.get_world_size()).backward()  # four ranks add up the same gradient: a quarter each, exactly
         num_tokens += len(rows)
-    # Megatron-LM's finalize divides by the count, in fp32 (6e-8): the same call here, so that only the sums are compared
+    # Megatron-LM's finalize divides by the count, in fp32 (6e-8): the same call here, so that only sums are compared
     share = num_tokens if dist.get_rank() == 0 else torch.zeros_like(num_tokens)
     finalize_model_grads(chunks, share)
     return named_gradients(chunks)

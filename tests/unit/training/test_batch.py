@@ -49,7 +49,11 @@ def test_slices_match_the_definition(lengths, cp_degree, unit, extra, seed):
 
 
 def test_by_hand():
-    samples = [(np.array([7, 8, 9]), np.array([0, 1, 1])), (np.array([5]), np.array([1])), (np.array([3, 4]), np.array([0, 1]))]
+    samples = [
+        (np.array([7, 8, 9]), np.array([0, 1, 1])),
+        (np.array([5]), np.array([1])),
+        (np.array([3, 4]), np.array([0, 1])),
+    ]
     left, right = (slice_of_pack(samples, padded_length=8, cp_degree=2, cp_rank=r) for r in (0, 1))
 
     assert left.tokens.tolist() == [7, 8, 9, 5] and right.tokens.tolist() == [3, 4, 0, 0]
