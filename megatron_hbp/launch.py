@@ -4,6 +4,7 @@ torchrun answers 1 and a traceback of its own whatever code a worker ends with. 
 (HBP_EXIT_CODE_FILE); this wrapper hands it on: 65 data, 70 internal, 73 disk, 75 stopped and saved, 78 configuration.
 """
 
+import logging
 import os
 import sys
 import tempfile
@@ -18,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         code_file = Path(os.environ.setdefault("HBP_EXIT_CODE_FILE", str(Path(folder) / "code")))
         code_file.unlink(missing_ok=True)
+        # it would add its own report of the dead worker to the worker's one line
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         try:
             run.main(sys.argv[1:] if argv is None else argv)
         except ChildFailedError as error:

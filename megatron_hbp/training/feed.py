@@ -104,9 +104,7 @@ class Feed:
         length = (
             tier.packing_length
             if self.full_length
-            else padded_length(
-                pack.num_tokens, cp_degree=tier.cp_degree, unit=int(np.lcm(self.unit, tier.alignment))
-            )
+            else padded_length(pack.num_tokens, cp_degree=tier.cp_degree, unit=int(np.lcm(self.unit, tier.alignment)))
         )
         samples = []
         for sample_id, num_tokens in zip(pack.sample_ids, pack.lengths, strict=True):
@@ -117,9 +115,7 @@ class Feed:
                     f"the plan belongs to other data; make it again with `hbp plan --store`"
                 )
             samples.append((tokens[:num_tokens], loss_mask[:num_tokens]))
-        cut = slice_of_pack(
-            samples, padded_length=length, cp_degree=tier.cp_degree, cp_rank=self.rank - pack.rank0
-        )
+        cut = slice_of_pack(samples, padded_length=length, cp_degree=tier.cp_degree, cp_rank=self.rank - pack.rank0)
         return self._micro_batch(step, slot, pack.tier, pack.sample_ids, cut, tier.cp_degree)
 
     def _dummy(self, step: int, slot: int) -> MicroBatch:

@@ -27,7 +27,17 @@ def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--hbp-valid-plan", help="plan of the held-out samples, for evaluation")
     group.add_argument("--hbp-valid-store", help="token store of the held-out samples")
     group.add_argument("--hbp-metrics", help="write one JSON line a step, and a summary per tier, here")
+    _repair_help(parser)
     return parser
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    """Escape the bare percent signs in Megatron-LM's help texts (0.19.2 has some): argparse dies of them in --help."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
 
 
 @dataclass(frozen=True, kw_only=True)
