@@ -5,7 +5,8 @@ to micro-batch, so it travels beside the tensors: `bind(context)` makes one `Mic
 pass and restores the previous one in `finally`. A recompute during the backward pass runs when another micro-batch may
 be current (1F1B); `capture_context` therefore keeps the forward's context with every recomputed function.
 
-Shapes: `s` tokens of this rank's slice, `t` tokens of the whole pack (s * cp_degree), `n` samples of the pack.
+Shapes: `s` tokens of this rank's slice, `t` tokens of the whole pack (s * cp_degree), `n` samples of the pack (one, empty,
+for a dummy).
 """
 
 import contextlib
@@ -30,11 +31,23 @@ class MicroBatchContext:
     position_ids: torch.Tensor
     """int64 [s]: position of each local token inside its own sample."""
     cu_seqlens: torch.Tensor
-    """int32 [n + 1]: where the samples of the whole pack start; the last entry is t, padding being samples too."""
+    """int32: where the samples of the whole pack start, then pieces of padding; the last entry is t."""
     max_seqlen: int
     """Tokens of the longest sample."""
     segments: tuple[int, ...]
     """`cu_seqlens` on the host, for kernels that loop."""
+    is_real: torch.Tensor
+    """bool [s]: False for padding."""
+    sample_index: torch.Tensor
+    """int64 [s]: the sample of the pack that a token belongs to; padding has that of the last one."""
+    sample_tokens: torch.Tensor
+    """int64 [n]: tokens of each sample of the whole pack."""
+    sample_supervised: torch.Tensor
+    """int64 [n]: supervised positions of each sample of the whole pack."""
+    num_real_tokens: int
+    """Tokens of the whole pack without padding."""
+    num_supervised_tokens: int
+    """Supervised positions of the whole pack."""
     recompute: Recompute
 
 

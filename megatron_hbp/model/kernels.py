@@ -38,9 +38,7 @@ def reference(
     return torch.cat(samples, dim=1).transpose(0, 1)[..., :width]
 
 
-def varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: MicroBatchContext, scale: float
-) -> torch.Tensor:
+def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: MicroBatchContext, scale: float) -> torch.Tensor:
     """torch.nn.attention.varlen: one launch for the whole pack."""
     from torch.nn.attention.varlen import varlen_attn
 

@@ -4,11 +4,13 @@ Nothing of GPTModel, attention, MLA or MoE is copied or subclassed; a spec says 
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models import GPTModelConfig
@@ -17,6 +19,7 @@ from megatron_hbp.errors import ConfigError
 from megatron_hbp.model.attention import PackedCoreAttention
 from megatron_hbp.model.norm import SequenceParallelRMSNorm
 from megatron_hbp.model.rotary import localise
+from megatron_hbp.model.router import PackedRouter
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -32,7 +35,7 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    swap: dict[Any, Any] = {DotProductAttention: PackedCoreAttention}
+    swap: dict[Any, Any] = {DotProductAttention: PackedCoreAttention, TopKRouter: PackedRouter}
     if transformer.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -64,6 +67,8 @@ def _replaced(value: Any, swap: dict[Any, Any]) -> Any:
         return swap.get(value, value)
     if isinstance(value, list):
         return [_replaced(item, swap) for item in value]
+    if isinstance(value, functools.partial):
+        return functools.partial(_replaced(value.func, swap), **{k: _replaced(v, swap) for k, v in value.keywords.items()})
     if dataclasses.is_dataclass(value):
         fields = {f.name: _replaced(getattr(value, f.name), swap) for f in dataclasses.fields(value) if f.init}
         make: Any = type(value)

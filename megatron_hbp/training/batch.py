@@ -1,7 +1,9 @@
 """From the samples of a pack to one rank's slice of it. numpy only, no ranks, no groups: easy to check by hand.
 
-Legend: `t` tokens of the padded pack, `s` = t / c tokens of one rank's contiguous slice, `n` segments (samples, then
-padding), `r` supervised positions of the slice.
+Legend: `t` tokens of the padded pack, `c` ranks that share it, `s` = t / c tokens of one rank's contiguous slice, `n`
+samples. A position is supervised where the token that follows it in its own sample is to be predicted; the pack has R of
+them, the slice r. Documents end in their supervised part, so slices hold them very unequally: rank k computes the losses
+of the supervised positions [k R / c, (k + 1) R / c) of the pack, wherever they lie.
 """
 
 from collections.abc import Sequence
@@ -19,16 +21,26 @@ class PackSlice:
 
     tokens: np.ndarray
     """int64 [s]; padding is token 0."""
-    labels: np.ndarray
-    """int64 [s]: the token after each one in its own sample, 0 where there is none."""
-    supervised: np.ndarray
-    """int64 [r], positions in [0, s) whose label counts in the loss."""
     position_ids: np.ndarray
     """int64 [s], positions inside the sample, 0 at every sample's start."""
+    is_real: np.ndarray
+    """bool [s], False for padding."""
+    sample_index: np.ndarray
+    """int64 [s], the sample of the pack that each token belongs to; padding has that of the last one."""
+    supervised: np.ndarray
+    """int64 [r], supervised positions in [0, s)."""
+    rows_to: tuple[int, ...]
+    """[c]: how many of the r, in order, rank k computes the loss of."""
+    rows_from: tuple[int, ...]
+    """[c]: how many supervised positions come here from rank k."""
+    labels: np.ndarray
+    """int64 [sum(rows_from)]: what the positions whose loss is computed here should predict."""
     cu_seqlens: np.ndarray
-    """int32 [n + 1], starts of the segments of the *whole* pack, and its end t."""
-    num_real_tokens: int
-    """Tokens of this slice that are not padding."""
+    """int32, starts of the segments of the *whole* pack, the samples and then pieces of padding, and its end t."""
+    sample_tokens: np.ndarray
+    """int64 [max(n, 1)], tokens of each sample of the whole pack."""
+    sample_supervised: np.ndarray
+    """int64 [max(n, 1)], supervised positions of each sample of the whole pack."""
 
 
 def slice_of_pack(
@@ -43,32 +55,50 @@ def slice_of_pack(
         cp_degree: ranks that share the pack.
         cp_rank: which of them this is.
     """
-    tokens, labels, positions = (np.zeros(padded_length, np.int64) for _ in range(3))
-    supervised = np.zeros(padded_length, bool)
+    tokens, following, positions = (np.zeros(padded_length, np.int64) for _ in range(3))
+    is_supervised = np.zeros(padded_length, bool)
     starts, end = [0], 0
     for sample_tokens, loss_mask in samples:
         start, end = end, end + len(sample_tokens)
         tokens[start:end] = sample_tokens
-        labels[start : end - 1] = sample_tokens[1:]
-        supervised[start : end - 1] = loss_mask[1:]
+        following[start : end - 1] = sample_tokens[1:]
+        is_supervised[start : end - 1] = loss_mask[1:]
         positions[start:end] = np.arange(end - start)
         starts.append(end)
-    num_tokens = end
+    num_tokens, num_samples = end, len(samples)
     while end < padded_length:
         start, end = end, min(end + PADDING_SEGMENT, padded_length)
         positions[start:end] = np.arange(end - start)
         starts.append(end)
+    cu_seqlens = np.array(starts, np.int32)
+    sample_index = np.minimum(
+        np.repeat(np.arange(len(starts) - 1), np.diff(cu_seqlens)), max(num_samples - 1, 0)
+    )
 
     s = padded_length // cp_degree
     mine = slice(cp_rank * s, (cp_rank + 1) * s)
+    rows = np.flatnonzero(is_supervised)
+    held = np.searchsorted(rows, np.arange(cp_degree + 1) * s)  # rank k holds rows [held[k], held[k + 1])
+    dealt = np.arange(cp_degree + 1) * len(rows) // cp_degree  # and computes the losses of [dealt[k], dealt[k + 1])
     return PackSlice(
         tokens=tokens[mine],
-        labels=labels[mine],
-        supervised=np.flatnonzero(supervised[mine]),
         position_ids=positions[mine],
-        cu_seqlens=np.array(starts, np.int32),
-        num_real_tokens=int(np.clip(num_tokens - mine.start, 0, s)),
+        is_real=np.arange(mine.start, mine.stop) < num_tokens,
+        sample_index=sample_index[mine],
+        supervised=rows[held[cp_rank] : held[cp_rank + 1]] - mine.start,
+        rows_to=_overlaps(held[cp_rank], held[cp_rank + 1], dealt),
+        rows_from=_overlaps(dealt[cp_rank], dealt[cp_rank + 1], held),
+        labels=following[rows[dealt[cp_rank] : dealt[cp_rank + 1]]],
+        cu_seqlens=cu_seqlens,
+        sample_tokens=np.array([len(sample) for sample, _ in samples] or [0], np.int64),
+        sample_supervised=np.bincount(sample_index[rows], minlength=max(num_samples, 1)),
     )
+
+
+def _overlaps(start: int, end: int, bounds: np.ndarray) -> tuple[int, ...]:
+    """How much of [start, end) lies in each [bounds[k], bounds[k + 1])."""
+    inside = np.clip(bounds, start, end)
+    return tuple(np.diff(inside).tolist())
 
 
 def padded_length(num_tokens: int, *, cp_degree: int, unit: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import PlanError
 from megatron_hbp.model.context import MicroBatchContext
+from megatron_hbp.model.loss import LossRows
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.types import Recompute
@@ -24,7 +25,7 @@ DUMMY = -1
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:
-    """What one rank runs in one slot of a step. Shapes: `s` local tokens, `r` supervised ones."""
+    """What one rank runs in one slot of a step. `s` local tokens."""
 
     step: int
     slot: int
@@ -34,11 +35,8 @@ class MicroBatch:
     """int64, the samples of the whole pack."""
     tokens: torch.Tensor
     """int64 [1, s]."""
-    labels: torch.Tensor
-    """int64 [1, s]."""
-    supervised: torch.Tensor
-    """int64 [r], positions in [0, s)."""
-    num_real_tokens: int
+    loss_rows: LossRows
+    num_local_tokens: int
     """Tokens of the slice without padding."""
     context: MicroBatchContext
 
@@ -144,22 +142,34 @@ class Feed:
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(self.device, non_blocking=True)
 
+        cp_group = self.groups.group(cp_degree)
         return MicroBatch(
             step=step,
             slot=slot,
             tier=tier,
             sample_ids=sample_ids,
             tokens=on_device(cut.tokens)[None],
-            labels=on_device(cut.labels)[None],
-            supervised=on_device(cut.supervised),
-            num_real_tokens=cut.num_real_tokens,
+            loss_rows=LossRows(
+                local=on_device(cut.supervised),
+                labels=on_device(cut.labels),
+                rows_to=cut.rows_to,
+                rows_from=cut.rows_from,
+                cp_group=cp_group,
+            ),
+            num_local_tokens=int(cut.is_real.sum()),
             context=MicroBatchContext(
-                cp_group=self.groups.group(cp_degree),
+                cp_group=cp_group,
                 cp_degree=cp_degree,
                 position_ids=on_device(cut.position_ids),
                 cu_seqlens=on_device(cut.cu_seqlens),
                 max_seqlen=int(np.diff(cut.cu_seqlens).max()),
                 segments=tuple(cut.cu_seqlens.tolist()),
+                is_real=on_device(cut.is_real),
+                sample_index=on_device(cut.sample_index),
+                sample_tokens=on_device(cut.sample_tokens),
+                sample_supervised=on_device(cut.sample_supervised),
+                num_real_tokens=int(cut.sample_tokens.sum()),
+                num_supervised_tokens=int(cut.sample_supervised.sum()),
                 recompute=self._recompute(step, slot, tier),
             ),
         )

@@ -25,9 +25,8 @@ def make_forward_step(observe: Observer | None = None) -> Callable[[Iterator[Mic
                 micro_batch.tokens,
                 micro_batch.context.position_ids[None],
                 None,
-                labels=micro_batch.labels,
                 output_processor=supervised_token_losses,
-                output_processor_context=micro_batch.supervised,
+                output_processor_context=micro_batch.loss_rows,
             )
         return output, loss_sum
 

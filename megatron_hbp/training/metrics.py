@@ -48,7 +48,7 @@ class RunMetrics:
         self._close()
         row = micro_batch.tier if micro_batch.tier != DUMMY else len(self.plan.tiers)
         self._per_tier[row][0] += 1
-        self._per_tier[row][1] += micro_batch.num_real_tokens
+        self._per_tier[row][1] += micro_batch.num_local_tokens
         self._running = (row, time.perf_counter())
 
     def finish(self) -> None:

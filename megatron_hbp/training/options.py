@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import ConfigError, PlanError
 from megatron_hbp.planning import planfile
@@ -125,9 +123,6 @@ def check_together(args: Any, options: HbpOptions) -> None:
         "--iterations-to-skip": args.iterations_to_skip and "a step that is skipped would shift the plan",
         "--rampup-batch-size": args.rampup_batch_size and "the plan sets the batch of each step",
         "--cuda-graph-impl": args.cuda_graph_impl != "none" and "shapes and recompute change between micro-batches",
-        "--moe-aux-loss-coeff": args.num_experts
-        and np.any(np.asarray(args.moe_aux_loss_coeff) != 0)
-        and "the router's balance loss does not know the CP group of a micro-batch yet: give 0",
         "--recompute-granularity": args.recompute_granularity is not None
         and "the tiers set recompute: write it there, for example 16384:cp1:full28 or 16384:cp1:sel=core_attn",
     }

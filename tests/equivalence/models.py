@@ -15,8 +15,10 @@ from megatron_hbp.model.spec import with_packed_model
 VOCABULARY = 64
 
 
-def transformer_config(kind: str) -> TransformerConfig:
-    """"dense": GQA, SwiGLU, RMSNorm, RoPE. "moe": MLA, shared and routed experts, first layer dense."""
+def transformer_config(kind: str, **changes: Any) -> TransformerConfig:
+    """"dense": GQA, SwiGLU, RMSNorm, RoPE. "moe": MLA, shared and routed experts, first layer dense; `changes` last."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    vp = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     common: dict[str, Any] = dict(  # noqa: C408
         num_layers=3,
         hidden_size=32,
@@ -38,15 +40,19 @@ def transformer_config(kind: str) -> TransformerConfig:
         attention_dropout=0.0,
         hidden_dropout=0.0,
         use_cpu_initialization=True,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        virtual_pipeline_model_parallel_size=vp,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         transformer_impl="local",
         pipeline_dtype=torch.float64,
+        # as Megatron-LM's arguments set it for interleaved stages; batched, two stages would mix up their messages
+        overlap_p2p_comm=vp is not None,
+        batch_p2p_comm=vp is None,
     )
     if kind == "dense":
-        return TransformerConfig(**common, num_query_groups=2)
-    return MLATransformerConfig(
-        **common,
+        return TransformerConfig(**{**common, "num_query_groups": 2, **changes})
+    moe: dict[str, Any] = dict(  # noqa: C408
         q_lora_rank=24,
         kv_lora_rank=16,
         qk_head_dim=8,
@@ -57,7 +63,7 @@ def transformer_config(kind: str) -> TransformerConfig:
         num_moe_experts=8,
         moe_ffn_hidden_size=16,
         moe_router_topk=2,
-        moe_layer_freq=[0, 1, 1],
+        moe_layer_freq=[0, *[1] * (changes.get("num_layers", common["num_layers"]) - 1)],
         moe_shared_expert_intermediate_size=32,
         moe_token_dispatcher_type="alltoall",
         moe_router_load_balancing_type="none",
@@ -66,14 +72,15 @@ def transformer_config(kind: str) -> TransformerConfig:
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         expert_tensor_parallel_size=1,
     )
+    return MLATransformerConfig(**{**common, **moe, **changes})
 
 
-def build(kind: str, *, packed: bool = True, ddp: bool = True, max_length: int = 256, seed: int = 7) -> list:
+def build(kind: str, *, packed: bool = True, max_length: int = 256, seed: int = 7, **changes: Any) -> list:
     """The model's chunks; `packed=False` builds Megatron-LM's own model, untouched, for a single sample at a time."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     config = GPTModelConfig(
-        transformer=transformer_config(kind),
+        transformer=transformer_config(kind, **changes),
         vocab_size=VOCABULARY,
         seq_length=max_length,
         position_embedding_type="rope",
@@ -85,6 +92,5 @@ def build(kind: str, *, packed: bool = True, ddp: bool = True, max_length: int =
     return GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False),
-        wrap_with_ddp=ddp,
         data_parallel_random_init=False,
     )

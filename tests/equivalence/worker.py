@@ -121,7 +121,10 @@ def yardstick(kind: str) -> dict[str, torch.Tensor]:
         else:
             alone = micro_batch_context.MicroBatchContext(
                 cp_group=None, cp_degree=1, position_ids=positions[0], cu_seqlens=torch.tensor([0, n]), max_seqlen=n,
-                segments=(0, n), recompute=Recompute(),
+                segments=(0, n), recompute=Recompute(), is_real=torch.ones(n, dtype=torch.bool),
+                sample_index=torch.zeros(n, dtype=torch.long), sample_tokens=torch.tensor([n]),
+                sample_supervised=torch.tensor([int(mask[1:].sum())]), num_real_tokens=n,
+                num_supervised_tokens=int(mask[1:].sum()),
             )  # fmt: skip
             with micro_batch_context.bind(alone):
                 logits = chunks[0](inputs, positions, None)
@@ -213,10 +216,9 @@ def _label_of_next_sample() -> Iterator[None]:
 
     def leaking(samples, **kwargs):
         joined = [(np.concatenate([t for t, _ in samples]), np.concatenate([m for _, m in samples]))] if samples else []
-        cut = cutter(samples, **kwargs)
-        whole = cutter(joined, **kwargs)
-        object.__setattr__(cut, "supervised", whole.supervised)
-        object.__setattr__(cut, "labels", whole.labels)
+        cut, whole = cutter(samples, **kwargs), cutter(joined, **kwargs)
+        for name in ("supervised", "labels", "rows_to", "rows_from"):
+            object.__setattr__(cut, name, getattr(whole, name))
         return cut
 
     cutter = batch.slice_of_pack

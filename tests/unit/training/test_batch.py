@@ -38,14 +38,46 @@ def test_slices_match_the_definition(lengths, cp_degree, unit, extra, seed):
     cuts = [slice_of_pack(samples, padded_length=length, cp_degree=cp_degree, cp_rank=r) for r in range(cp_degree)]
 
     assert [int(t) for cut in cuts for t in cut.tokens] == [row[0] for row in rows]
-    assert [int(t) for cut in cuts for t in cut.labels] == [row[1] for row in rows]
     assert [int(p) for cut in cuts for p in cut.position_ids] == [row[3] for row in rows]
     s = length // cp_degree
     supervised = [r * s + int(i) for r, cut in enumerate(cuts) for i in cut.supervised]
     assert supervised == [i for i, row in enumerate(rows) if row[2]]
     for cut in cuts:
         assert cut.cu_seqlens.tolist() == starts
-    assert sum(cut.num_real_tokens for cut in cuts) == sum(lengths)
+        assert cut.sample_tokens.tolist() == (lengths or [0])
+    assert [bool(x) for cut in cuts for x in cut.is_real] == [i < sum(lengths) for i in range(length)]
+    owner = [j for j, n in enumerate(lengths) for _ in range(n)]
+    assert [int(j) for cut in cuts for j in cut.sample_index][: len(owner)] == owner
+    counts = [sum(row[2] for row, j in zip(rows, owner, strict=False) if j == k) for k in range(max(len(lengths), 1))]
+    assert cuts[0].sample_supervised.tolist() == counts
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    cp_degree=st.sampled_from([1, 2, 3, 4]),
+    seed=st.integers(0, 2**16),
+)
+def test_supervised_rows_are_dealt_evenly_and_meet_their_labels(lengths, cp_degree, seed):
+    rng = np.random.default_rng(seed)
+    samples = [(rng.integers(1, 99, n), rng.integers(0, 2, n)) for n in lengths]
+    length = padded_length(sum(lengths), cp_degree=cp_degree, unit=1)
+    rows, _ = brute_force(samples, length)
+    cuts = [slice_of_pack(samples, padded_length=length, cp_degree=cp_degree, cp_rank=r) for r in range(cp_degree)]
+
+    inbox: list[list[int]] = [[] for _ in range(cp_degree)]  # the all-to-all, by hand
+    for sender, cut in enumerate(cuts):
+        outgoing = [sender * length // cp_degree + int(i) for i in cut.supervised]
+        assert sum(cut.rows_to) == len(outgoing)
+        for receiver, count in enumerate(cut.rows_to):
+            assert cuts[receiver].rows_from[sender] == count
+            inbox[receiver] += outgoing[:count]
+            outgoing = outgoing[count:]
+
+    assert [i for box in inbox for i in box] == [i for i, row in enumerate(rows) if row[2]]
+    for box, cut in zip(inbox, cuts, strict=True):
+        assert [int(label) for label in cut.labels] == [rows[i][1] for i in box]
+    sizes = [len(box) for box in inbox]
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_by_hand():
@@ -57,8 +89,10 @@ def test_by_hand():
     left, right = (slice_of_pack(samples, padded_length=8, cp_degree=2, cp_rank=r) for r in (0, 1))
 
     assert left.tokens.tolist() == [7, 8, 9, 5] and right.tokens.tolist() == [3, 4, 0, 0]
-    assert left.labels.tolist() == [8, 9, 0, 0] and right.labels.tolist() == [4, 0, 0, 0]
     assert left.supervised.tolist() == [0, 1] and right.supervised.tolist() == [0]
+    assert left.rows_to == (1, 1) and right.rows_to == (0, 1)  # three losses: the left computes one, the right two
+    assert left.rows_from == (1, 0) and right.rows_from == (1, 1)
+    assert left.labels.tolist() == [8] and right.labels.tolist() == [9, 4]
     assert left.position_ids.tolist() == [0, 1, 2, 0] and right.position_ids.tolist() == [0, 1, 0, 1]
     assert left.cu_seqlens.tolist() == right.cu_seqlens.tolist() == [0, 3, 4, 6, 8]
 

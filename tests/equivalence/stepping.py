@@ -1,0 +1,81 @@
+"""One step of a hand-written plan through our feed, forward step and Megatron-LM's own schedule, on gloo ranks."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_hbp.model import context as micro_batch_context
+from megatron_hbp.model.recompute import RecomputeSwitch
+from megatron_hbp.parallel.groups import CpGroups
+from megatron_hbp.planning.types import Tier
+from megatron_hbp.training import feed, forward
+from tests.equivalence.plans import MemoryStore, plan_of
+
+Packs = Sequence[tuple[int, int, int, int, Sequence[int]]]
+
+
+class Stepper:
+    """A model under the current layout of ranks; `gradients` runs a step and returns what Megatron-LM accumulated."""
+
+    def __init__(self, chunks: list, store: MemoryStore, degrees: Sequence[int]):
+        self.chunks, self.store = chunks, store
+        self.num_ranks = parallel_state.get_data_parallel_world_size()
+        self.groups = CpGroups.create(degrees, parallel_state.get_data_parallel_group(), timedelta(minutes=1))
+        self.tp = parallel_state.get_tensor_model_parallel_world_size()
+        self.losses: list[dict[str, torch.Tensor]] = []
+
+    def gradients(
+        self, packs: Packs, tiers: Sequence[Tier], *, fixed_shapes: bool = False, extra_unit: int = 1
+    ) -> dict[str, torch.Tensor]:
+        """Gradients (of this rank's shard) of one step: {chunk and parameter: tensor}."""
+        plan = plan_of(packs, tiers=tiers, lengths=self.store.lengths, num_ranks=self.num_ranks)
+        feeds = [
+            feed.Feed(
+                plan=plan, store=self.store, groups=self.groups, rank=parallel_state.get_data_parallel_rank(),  # type: ignore[arg-type]
+                unit=self.tp * extra_unit, full_length=fixed_shapes, device=torch.device("cpu"),
+                joint_recompute=parallel_state.get_expert_model_parallel_world_size() > 1,
+            )
+            for _ in self.chunks
+        ]  # fmt: skip
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+            chunk.module.config.variable_seq_lengths = not fixed_shapes
+        with micro_batch_context.on_bind(RecomputeSwitch(self.chunks)):
+            self.losses = get_forward_backward_func()(
+                forward_step_func=forward.make_forward_step(),
+                data_iterator=feeds if len(feeds) > 1 else feeds[0],
+                model=self.chunks,
+                num_microbatches=int(plan.num_micro_batches[0]),
+                seq_length=tiers[0].local_tokens,
+                micro_batch_size=1,
+                forward_only=False,
+            )
+        return named_gradients(self.chunks)
+
+
+def named_gradients(chunks: list) -> dict[str, torch.Tensor]:
+    """Chunk and parameter name -> accumulated gradient."""
+    return {
+        f"{index}.{name}": parameter.main_grad.clone()
+        for index, chunk in enumerate(chunks)
+        for name, parameter in chunk.module.named_parameters()
+    }
+
+
+def worst(mine: dict[str, Any], yard: dict[str, Any]) -> float:
+    """Largest |mine - yard| relative to the largest |yard| of the same parameter, over parameters and ranks."""
+    assert mine.keys() == yard.keys(), mine.keys() ^ yard.keys()
+    here = max(float((mine[k] - yard[k]).abs().max() / yard[k].abs().max().clamp_min(1e-30)) for k in yard)
+    anywhere = torch.tensor(here, dtype=torch.float64)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    return anywhere.item()
+
+
+def alone(num_samples: int, num_ranks: int, tier: int = 0) -> list[tuple[int, int, int, int, list[int]]]:
+    """Packs of one sample each, dealt over the ranks."""
+    return [(0, i // num_ranks, i % num_ranks, tier, [i]) for i in range(num_samples)]
