@@ -5,8 +5,8 @@ to micro-batch, so it travels beside the tensors: `bind(context)` makes one `Mic
 pass and restores the previous one in `finally`. A recompute during the backward pass runs when another micro-batch may
 be current (1F1B); `capture_context` therefore keeps the forward's context with every recomputed function.
 
-Shapes: `s` tokens of this rank's slice, `t` tokens of the whole pack (s * cp_degree), `n` samples of the pack (one, empty,
-for a dummy).
+Shapes: `s` tokens of this rank's slice, `t` tokens of the whole pack (s * cp_degree), `n` samples of the pack (one,
+empty, for a dummy).
 """
 
 import contextlib

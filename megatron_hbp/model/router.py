@@ -1,20 +1,20 @@
 """The MoE router of a packed micro-batch: balance losses that know its CP group, its padding and its samples.
 
-Megatron-LM's router reduces its balance losses over the static TP x CP group, counts padding, and takes a whole pack for
-one sequence. `PackedRouter` keeps its routing and defines the losses over *real tokens of the whole pack*, whatever the CP
-degree and the padding.
+Megatron-LM's router reduces its balance losses over the static TP x CP group, counts padding, and takes a whole pack
+for one sequence. `PackedRouter` keeps its routing and defines the losses over *real tokens of the whole pack*, whatever
+the CP degree and the padding.
 
-Legend: `t` real tokens of a pack, T their number, T_j those of sample j, n and n_j the *supervised* ones, N the supervised
-tokens of the whole step; `e` experts, E their number, K = top-k; p(t, e) the router's score of expert e for token t
-(softmax over experts, or sigmoid normalised to 1), m(t, e) = 1 where e is among the K best of them.
+Legend: `t` real tokens of a pack, T their number, T_j those of sample j, n and n_j the *supervised* ones, N the
+supervised tokens of the whole step; `e` experts, E their number, K = top-k; p(t, e) the router's score of expert e for
+token t (softmax over experts, or sigmoid normalised to 1), m(t, e) = 1 where e is among the K best of them.
 
-    aux_loss      a * E / (K T^2)   * sum_e [ sum_t m(t, e) ]      * [ sum_t p(t, e) ]          per pack,   weighted n / N
-    seq_aux_loss  a * E / (K T_j^2) * sum_e [ sum_{t in j} m(t, e) ] * [ sum_{t in j} p(t, e) ] per sample, weighted n_j / N
-    z_loss        z / T * sum_t logsumexp(logits_t)^2                                           per pack,   weighted n / N
+    aux_loss      a E / (K T^2)   sum_e [ sum_t m(t, e) ] [ sum_t p(t, e) ]                 per pack, weighted n / N
+    seq_aux_loss  a E / (K T_j^2) sum_e [ sum_{t in j} m(t, e) ] [ sum_{t in j} p(t, e) ]   per sample, n_j / N
+    z_loss        z / T           sum_t logsumexp(logits_t)^2                               per pack, n / N
 
-The weights of a step sum to one, so `a` means what it does in Megatron-LM (a mean over micro-batches), and a pack without
-supervised tokens, a dummy among them, weighs nothing. m is a count: no gradient passes through it. Each rank attaches the
-part of its own tokens (their p) with the pack's counts, so that the sum over ranks is the loss above.
+The weights of a step sum to one, so `a` means what it does in Megatron-LM (a mean over micro-batches), and a pack
+without supervised tokens, a dummy among them, weighs nothing. m is a count: no gradient passes through it. Each rank
+attaches the part of its own tokens (their p) with the pack's counts, so that the sum over ranks is the loss above.
 """
 
 from typing import Any
@@ -38,7 +38,8 @@ class PackedRouter(TopKRouter):
         for kind in kinds:
             if kind not in ("none", "aux_loss", "seq_aux_loss"):
                 raise ConfigError(
-                    f"--moe-router-load-balancing-type {kind} is not defined for packs: use aux_loss, seq_aux_loss or none"
+                    f"--moe-router-load-balancing-type {kind} is not defined for packs: "
+                    f"use aux_loss, seq_aux_loss or none"
                 )
         if self.config.moe_expert_capacity_factor is not None:
             raise ConfigError("--moe-expert-capacity-factor drops tokens by rank, which CP would change: leave it out")

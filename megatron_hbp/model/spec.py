@@ -68,7 +68,8 @@ def _replaced(value: Any, swap: dict[Any, Any]) -> Any:
     if isinstance(value, list):
         return [_replaced(item, swap) for item in value]
     if isinstance(value, functools.partial):
-        return functools.partial(_replaced(value.func, swap), **{k: _replaced(v, swap) for k, v in value.keywords.items()})
+        keywords = {name: _replaced(part, swap) for name, part in value.keywords.items()}
+        return functools.partial(_replaced(value.func, swap), *value.args, **keywords)
     if dataclasses.is_dataclass(value):
         fields = {f.name: _replaced(getattr(value, f.name), swap) for f in dataclasses.fields(value) if f.init}
         make: Any = type(value)

@@ -1,9 +1,9 @@
 """From the samples of a pack to one rank's slice of it. numpy only, no ranks, no groups: easy to check by hand.
 
 Legend: `t` tokens of the padded pack, `c` ranks that share it, `s` = t / c tokens of one rank's contiguous slice, `n`
-samples. A position is supervised where the token that follows it in its own sample is to be predicted; the pack has R of
-them, the slice r. Documents end in their supervised part, so slices hold them very unequally: rank k computes the losses
-of the supervised positions [k R / c, (k + 1) R / c) of the pack, wherever they lie.
+samples. A position is supervised where the token that follows it in its own sample is to be predicted; the pack has R
+of them, the slice r. Documents end in their supervised part, so slices hold them very unequally: rank k computes the
+losses of the supervised positions [k R / c, (k + 1) R / c) of the pack, wherever they lie.
 """
 
 from collections.abc import Sequence

@@ -52,15 +52,28 @@ class Layout:
 
 
 FOUR = (
-    Layout(kind="dense", tp=2), Layout(kind="moe", tp=2), Layout(kind="moe", tp=2, ep=2), Layout(kind="moe", tp=2, ep=4),
-    Layout(kind="dense", pp=2), Layout(kind="moe", pp=2, ep=2), Layout(kind="dense", pp=2, vp=2),
-    Layout(kind="moe", pp=2, vp=2), Layout(kind="dense", pp=4), Layout(kind="moe", tp=2, pp=2, ep=2),
-)  # fmt: skip
+    Layout(kind="dense", tp=2),
+    Layout(kind="moe", tp=2),
+    Layout(kind="moe", tp=2, ep=2),
+    Layout(kind="moe", tp=2, ep=4),
+    Layout(kind="dense", pp=2),
+    Layout(kind="moe", pp=2, ep=2),
+    Layout(kind="dense", pp=2, vp=2),
+    Layout(kind="moe", pp=2, vp=2),
+    Layout(kind="dense", pp=4),
+    Layout(kind="moe", tp=2, pp=2, ep=2),
+)
 EIGHT = (
-    Layout(kind="dense"), Layout(kind="moe", ep=4), Layout(kind="moe", tp=2, pp=2, ep=2), Layout(kind="dense", tp=2, pp=2),
-    Layout(kind="dense", pp=4), Layout(kind="moe", pp=4, ep=2), Layout(kind="dense", tp=2, pp=2, vp=2),
-    Layout(kind="moe", pp=2, ep=4), Layout(kind="moe", tp=2, ep=4),
-)  # fmt: skip
+    Layout(kind="dense"),
+    Layout(kind="moe", ep=4),
+    Layout(kind="moe", tp=2, pp=2, ep=2),
+    Layout(kind="dense", tp=2, pp=2),
+    Layout(kind="dense", pp=4),
+    Layout(kind="moe", pp=4, ep=2),
+    Layout(kind="dense", tp=2, pp=2, vp=2),
+    Layout(kind="moe", pp=2, ep=4),
+    Layout(kind="moe", tp=2, ep=4),
+)
 SIX = (
     Layout(kind="dense", changes={"num_attention_heads": 12, "num_query_groups": 4, "hidden_size": 48}),
     Layout(kind="moe", changes={"num_attention_heads": 12}),
@@ -95,7 +108,7 @@ def tiers_of(recompute: Recompute = Recompute()) -> tuple[Tier, ...]:
 
 
 def mixed_packs(num_ranks: int) -> Packs:
-    """All samples: every degree has a slot of its own, then one slot mixes degree 1 with the next and idles the rest."""
+    """All samples: every degree has a slot of its own; the last slot of a round has one gang, the others idle."""
     left = list(range(len(LENGTHS)))
     packs: list[tuple[int, int, int, int, list[int]]] = []
 
@@ -115,14 +128,14 @@ def mixed_packs(num_ranks: int) -> Packs:
             for rank0 in range(0, num_ranks, c):
                 if slot % (len(every) + 1) == len(every) and rank0 >= c:
                     continue  # the last slot of a round: one gang only, the other ranks idle
-                if (taken := take(local_tokens() * c)):
+                if taken := take(local_tokens() * c):
                     packs.append((0, slot, rank0, tier, taken))
             slot += 1
     return packs
 
 
 def rounded(packs: Packs, multiple: int) -> Packs:
-    """Interleaved pipelines want a number of micro-batches that PP divides: idle slots at the end, by one-token packs."""
+    """Interleaved pipelines want a number of micro-batches that PP divides: samples of one pack go to more slots."""
     slots = 1 + max(p[1] for p in packs)
     short = -slots % multiple
     if not short:
