@@ -1,22 +1,37 @@
 """`hbp plan`: make a plan, show one, compare methods."""
 
 import json
+import runpy
 import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import planfile
+from megatron_hbp.planning.compare import Planner, contenders
+from megatron_hbp.planning.compare import compare as compare_all
 from megatron_hbp.planning.cost import DEFAULT_COST_MODEL, preset
 from megatron_hbp.planning.inputs import PlanInput, read_lengths, read_store
-from megatron_hbp.planning.planner import make_plan, naive_plan
+from megatron_hbp.planning.layout import Request
+from megatron_hbp.planning.plan import DataFingerprint
+from megatron_hbp.planning.planner import check_lengths, check_ranks, make_plan, naive_plan
+from megatron_hbp.planning.quality import lower_bound
+from megatron_hbp.planning.reschedule import epoch_seed, join_epochs, reschedule
 from megatron_hbp.planning.show import plan_rows
 from megatron_hbp.planning.types import parse_tiers
-from megatron_hbp.report.plan_tables import counts_line, metrics_table, tier_table
+from megatron_hbp.report.plan_tables import (
+    comparison_table,
+    counts_line,
+    draw_comparison,
+    metrics_table,
+    tier_table,
+)
 
 app = typer.Typer(help="Make, show and compare plans.", invoke_without_command=True, no_args_is_help=True)
 
@@ -68,6 +83,8 @@ def plan(
     loss_tokens: LossTokens = None,
     overlong: Annotated[Overlong, typer.Option(help="Samples longer than the longest tier.")] = Overlong.error,
     curriculum_steps: Annotated[int, typer.Option(min=0, help="Steps at the start with the short tier only.")] = 0,
+    slot_multiple: Annotated[int, typer.Option(min=1, help="Micro-batches of a step come in multiples of this.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, each in an order of its own.")] = 1,
 ) -> None:
     """Plan: `hbp plan --lengths L.npy --ranks 32 --tiers ... --step-tokens T --out PLAN`."""
     if context.invoked_subcommand is not None:
@@ -81,19 +98,19 @@ def plan(
     wanted = parse_tiers(tiers)
     if cost:  # a named cost model knows how much must be recomputed to fit into memory
         wanted = tuple(model.with_recompute(tier) for tier in wanted)
-    common: dict[str, Any] = {
-        "tiers": wanted,
-        "num_ranks": ranks,
-        "step_tokens": step_tokens,
-        "seed": seed,
-        "cost": model,
-    }
-    made = make_plan(
-        data.lengths, **common, schedule=schedule.value, loss_tokens=data.loss_tokens, overlong=overlong.value,
-        curriculum_steps=curriculum_steps, store_fingerprint=data.store_fingerprint,
-    )  # fmt: skip
+    common: dict[str, Any] = {"tiers": wanted, "num_ranks": ranks, "step_tokens": step_tokens, "cost": model}
+    common["overlong"] = overlong.value
+    passes = [
+        make_plan(
+            data.lengths, **common, seed=epoch_seed(seed, epoch), schedule=schedule.value, loss_tokens=data.loss_tokens,
+            curriculum_steps=curriculum_steps if epoch == 0 else 0, slot_multiple=slot_multiple,
+            store_fingerprint=data.store_fingerprint,
+        )
+        for epoch in range(epochs)
+    ]  # fmt: skip
+    made = join_epochs(passes)
     planfile.save(made, out)
-    naive = naive_plan(data.lengths, **common, overlong=overlong.value)
+    naive = naive_plan(data.lengths, **common, seed=seed)
     console = Console()
     console.print(tier_table(made))
     console.print(metrics_table({"HBP": made, f"naive, all in {wanted[-1].packing_length:,}": naive}, model))
@@ -116,6 +133,71 @@ def show(
     console.print(tier_table(made))
     console.print(metrics_table({"HBP": made}, preset(made.cost_model)))
     console.print(counts_line(made))
+
+
+@app.command("reschedule")
+def reschedule_plan(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN")],
+    ranks: Annotated[int, typer.Option(help="Data-parallel ranks from now on.")],
+    out: Annotated[Path, typer.Option(help="Where the new plan goes.")],
+    from_step: Annotated[int, typer.Option(help="First step that has not run yet.")] = 0,
+) -> None:
+    """Lay the rest of a plan out for another number of ranks: same packs, same steps, each sample once."""
+    made = planfile.load(plan_file)
+    changed = reschedule(made, num_ranks=ranks, cost=preset(made.cost_model), from_step=from_step)
+    planfile.save(changed, out)
+    console = Console()
+    console.print(tier_table(changed))
+    console.print(counts_line(changed))
+    console.print(f"plan written to {out} (hash {changed.hash})", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    lengths: Lengths = None,
+    store: Store = None,
+    ranks: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 32,
+    tiers: Annotated[str, typer.Option(help="Tiers of the plan.")] = "16384:cp1,32768:cp2,65536:cp4,131072:cp8",
+    step_tokens: Annotated[int, typer.Option(help="Tokens of one optimizer step.")] = 524288,
+    cost: Annotated[str, typer.Option(help="Cost model.")] = DEFAULT_COST_MODEL,
+    seed: Seed = 0,
+    max_samples: Annotated[int, typer.Option(help="Compare on a random draw of so many.")] = 50000,
+    picture: Annotated[Path | None, typer.Option(help="Draw idle and epoch times to a PNG or SVG file.")] = None,
+    peers: Annotated[Path | None, typer.Option(help="A Python file with more planners, PLANNERS = {name: f}.")] = None,
+) -> None:
+    """Plan the same data in every way there is, and with peers, under one cost model."""
+    values = check_lengths(read_input(lengths, store, None).lengths)
+    if len(values) > max_samples:
+        values = np.random.default_rng(seed).permutation(values)[:max_samples]
+    model = preset(cost)
+    request = Request(
+        tiers=tuple(model.with_recompute(tier) for tier in parse_tiers(tiers)), num_ranks=ranks,
+        step_tokens=step_tokens, seed=seed, schedule="gang", cost=model, data=DataFingerprint.of(values),
+    )  # fmt: skip
+    check_ranks(request.tiers, ranks, step_tokens)
+    if values.max() > request.tiers[-1].packing_length:
+        raise ConfigError(f"a sample of {values.max()} tokens does not fit the longest tier; add a longer tier")
+    planners = contenders() | (_load_planners(peers) if peers else {})
+    found = list(track(compare_all(values, request, planners), total=len(planners), description="planning"))
+    bound = lower_bound(values, model, ranks, settings=model.recompute_layers or _settings(request))
+    console = Console()
+    console = console if console.is_terminal else Console(width=160)
+    console.print(comparison_table(found, bound))
+    console.print(f"{len(values):,} samples, {values.sum():,} tokens; seconds as modelled by {model.name}")
+    if picture:
+        draw_comparison({one.name: one.metrics for one in found}, picture)
+        console.print(f"picture written to {picture}")
+
+
+def _settings(request: Request) -> tuple[tuple[int, int], ...]:
+    """(local tokens, recomputed layers) of the tiers, for a cost model without a profile."""
+    return tuple({(tier.local_tokens, tier.recompute.num_layers) for tier in request.tiers})
+
+
+def _load_planners(path: Path) -> dict[str, Planner]:
+    if not path.is_file():
+        raise ConfigError(f"no file with planners at {path}")
+    return runpy.run_path(str(path))["PLANNERS"]
 
 
 def read_input(lengths: Path | None, store: Path | None, loss_tokens: Path | None) -> PlanInput:

@@ -29,7 +29,7 @@ class TierCost:
     per_token: float
     per_square: float
 
-    def seconds(self, tokens: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    def seconds(self, tokens: np.ndarray | int, squares: np.ndarray | int) -> np.ndarray | float:
         """Modelled seconds [packs] of packs with `tokens` [packs] and summed squares `squares` [packs]."""
         return self.fixed + self.per_token * tokens + self.per_square * squares
 
@@ -60,6 +60,8 @@ class CostModel:
     """Seconds that every step costs beside its micro-batches."""
     node_size: int = 8
     """Ranks in a node."""
+    max_cp_degree: int = 128
+    """Heads: the exchange hands whole heads to ranks."""
     recompute_layers: tuple[tuple[int, int], ...] = ()
     """(local tokens, fewest recomputed layers that fit into memory), growing; from a profile."""
 
@@ -119,6 +121,7 @@ def dense_model(
         linear_flops=6.0 * parameters,
         attention_flops=2.0 * query * num_layers,
         exchange_bytes=2.0 * (2 * query + 2 * key_value),
+        max_cp_degree=num_heads,
         **rates,  # type: ignore[arg-type]
     )
 
@@ -158,6 +161,12 @@ PRESETS: dict[str, CostModel] = {
     )
 }  # fmt: skip
 """Shipped cost models by name."""
+
+ATTENTION_ONLY = CostModel(
+    name="attention-only", num_layers=1, linear_flops=0.0, attention_flops=1.0, exchange_bytes=0.0, linear_rate=1.0,
+    attention_rate=1.0, node_bandwidth=1.0, cluster_bandwidth=1.0, micro_batch_seconds=0.0,
+)  # fmt: skip
+"""Sum of squares over CP degree, what the paper balances and Megatron's dynamic CP weighs."""
 
 DEFAULT_COST_MODEL = "llama3.1-8b-h100"
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hbp.planning.fill import greedy_fill, longest_first
+from megatron_hbp.planning.fill import greedy_fill, longest_first, stable_order
 
 GROUP_PACKS = 32
 """Packs in a group: enough to average over, few enough that seeds in a group differ by little."""
@@ -28,13 +28,15 @@ _KEPT_BACK, _ROOM_FOR_TINY = 0.8, 1.05
 """Tiny samples kept back per pack, and room left for them over their tokens. With less room some of them are left over
 at the end and make one odd step (eta^2 .009 at 1.00, .002 at 1.05); with more, packs stay less full."""
 
+_BLOCK_GROUPS = 1024
+"""Groups levelled at once: a million samples' arrays still fit the cache, so that time stays linear."""
+
 _LOG_UNIT = 1 << 12
 
 
-def log_excess(lengths: np.ndarray) -> np.ndarray:
-    """Log-length above the mean of all samples, in units of 1/4096, int64 [n]."""
-    logs = np.rint(np.log(lengths) * _LOG_UNIT).astype(np.int64)
-    return logs - logs.sum() // max(len(logs), 1)
+def log_units(lengths: np.ndarray) -> np.ndarray:
+    """Log-length in units of 1/4096, int64 [n]."""
+    return np.rint(np.log(lengths) * _LOG_UNIT).astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +50,17 @@ class Room:
 
 
 def deal(
-    lengths: np.ndarray, excess: np.ndarray, *, room: Room, capacity: int, num_packs: int, rng: np.random.Generator
+    lengths: np.ndarray, *, mean_log: int, room: Room, capacity: int, num_packs: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Deal samples into the room of long packs and into `num_packs` new packs of `capacity` tokens.
 
-    `lengths`, `excess` int64 [n]. Returns pack_of int64 [n]: long packs are numbered as in `room`, new ones follow; -1
-    for samples that are left over. New packs may stay empty where samples are too few or too long.
+    `lengths` int64 [n], `mean_log` the mean of all data in `log_units`. Returns pack_of int64 [n]: long packs are
+    numbered as in `room`, new ones follow; -1 for samples that are left over. New packs may stay empty where samples
+    are too few or too long.
     """
     order = longest_first(lengths)
-    lengths, excess = lengths[order], excess[order]
+    lengths = lengths[order]
+    excess = log_units(lengths) - mean_log
     num_packs = min(num_packs, len(lengths))
     num_tiny = min(int(_KEPT_BACK * (num_packs + len(room.tokens))), (len(lengths) - num_packs) // 2)
     seeds, tiny = slice(0, num_packs), slice(len(lengths) - num_tiny, len(lengths))
@@ -159,21 +163,34 @@ def _level(seeds: np.ndarray, lengths: np.ndarray, group_of: np.ndarray, sizes: 
     """Deal each group's samples to its packs: pack of each sample [n], numbered over all groups.
 
     `seeds` [packs] is what is in the packs, `lengths` [n] longest first, `group_of` [n], `sizes` [groups] packs.
-    A round hands one sample to each pack of all groups at once, the longest to the emptiest.
     """
+    by_group = stable_order(group_of)
+    counts = np.bincount(group_of, minlength=len(sizes))
+    ends, pack_ends = np.cumsum(counts), np.cumsum(sizes)
+    pack_of = np.empty(len(lengths), np.int64)
+    for first in range(0, len(sizes), _BLOCK_GROUPS):
+        block = slice(first, first + _BLOCK_GROUPS)
+        samples = by_group[ends[first] - counts[first] : ends[block][-1]]
+        first_pack = int(pack_ends[first] - sizes[first])
+        dealt = _level_block(
+            seeds[first_pack : pack_ends[block][-1]], lengths[samples], group_of[samples] - first, sizes[block]
+        )
+        pack_of[samples] = first_pack + dealt
+    return pack_of
+
+
+def _level_block(seeds: np.ndarray, lengths: np.ndarray, group: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """As `_level`, for samples sorted by `group` [n]. A round hands one sample to each pack of all groups at once."""
     num_groups, width = len(sizes), int(sizes.max())
-    by_group = np.argsort(group_of.astype(np.uint16 if num_groups < 1 << 16 else np.int64), kind="stable")
-    group = group_of[by_group]
-    counts = np.bincount(group_of, minlength=num_groups)
+    counts = np.bincount(group, minlength=num_groups)
     place = np.arange(len(group)) - (np.cumsum(counts) - counts)[group]
     turn, column = place // sizes[group], place % sizes[group]
     num_rounds = int(turn.max(initial=-1)) + 1
     sample = np.full((num_rounds, num_groups, width), -1, np.int64)
-    sample[turn, group, column] = by_group
+    sample[turn, group, column] = np.arange(len(group))
 
     load = np.full((num_groups, width), np.iinfo(np.int64).max // 2)  # columns beyond a short last group stay last
-    exists = np.arange(width) < sizes[:, None]
-    load[exists] = seeds
+    load[np.arange(width) < sizes[:, None]] = seeds
     first_pack = (np.cumsum(sizes) - sizes)[:, None]
     groups = np.arange(num_groups)[:, None]
     pack_of = np.empty(len(lengths) + 1, np.int64)  # the last entry collects the places without a sample
@@ -194,7 +211,7 @@ def _top_up(pack_of: np.ndarray, lengths: np.ndarray, free: np.ndarray, may_fill
     dealt = np.flatnonzero(pack_of >= 0)
     room = free - np.bincount(pack_of[dealt], lengths[dealt], len(free)).astype(np.int64)
     suspects = dealt[room[pack_of[dealt]] < 0][::-1]  # shortest first
-    suspects = suspects[np.argsort(pack_of[suspects], kind="stable")]
+    suspects = suspects[stable_order(pack_of[suspects])]
     pack = pack_of[suspects]
     before = np.cumsum(lengths[suspects]) - lengths[suspects]
     start = np.searchsorted(pack, pack, "left")

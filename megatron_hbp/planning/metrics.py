@@ -58,7 +58,7 @@ def plan_metrics(plan: Plan, cost: CostModel) -> PlanMetrics:
         cr=float(tokens[width > 1].sum() / total),
         forced_cr=float(plan.lengths[plan.lengths > local].sum(dtype=np.int64) / total),
         ave_t=float(token_grid.mean()) if token_grid.size else 0.0,
-        idle=float(1 - busy.sum() / max(wall.sum() * plan.num_ranks, 1e-30)),
+        idle=max(0.0, float(1 - busy.sum() / max(wall.sum() * plan.num_ranks, 1e-30))),
         epoch_seconds=float(wall.sum() + plan.num_steps * cost.step_seconds),
     )
 

@@ -5,10 +5,14 @@
 No method may exceed the capacity or leave a sample out; callers see to it that no sample is longer than `capacity`.
 """
 
+import heapq
 from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
+
+from megatron_hbp.planning.fill import longest_first
+from megatron_hbp.planning.tight import best_fit_in_order
 
 PackingMethod = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
@@ -51,3 +55,103 @@ def isf(lengths: np.ndarray, capacity: int, rng: np.random.Generator, *, rounds:
         if not len(rest):
             break
     return pack_of
+
+
+def first_fit_decreasing(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> np.ndarray:
+    """Longest first, each into the first pack that holds it. A tree of rooms finds it in log time."""
+    return _first_fit(lengths, capacity, longest_first(lengths))
+
+
+def first_fit_shuffled(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> np.ndarray:
+    """Random order, each sample into the first pack that holds it."""
+    return _first_fit(lengths, capacity, rng.permutation(len(lengths)))
+
+
+def best_fit_shuffled(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> np.ndarray:
+    """Random order, each sample into the fullest pack that holds it."""
+    return best_fit_in_order(lengths, capacity, rng.permutation(len(lengths)))
+
+
+def shortest_pack_first(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> np.ndarray:
+    """Shortest-pack-first histogram packing (arXiv 2107.02027): longest first, each into the emptiest pack if it fits.
+
+    Only the emptiest pack is looked at, so that a heap does.
+    """
+    pack_of = np.empty(len(lengths), np.int64)
+    sizes = lengths.tolist()
+    loads: list[tuple[int, int]] = []
+    for sample in longest_first(lengths).tolist():
+        size = sizes[sample]
+        if loads and loads[0][0] + size <= capacity:
+            load, pack = loads[0]
+            heapq.heapreplace(loads, (load + size, pack))
+        else:
+            pack = len(loads)
+            heapq.heappush(loads, (size, pack))
+        pack_of[sample] = pack
+    return pack_of
+
+
+def sorted_batching(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> np.ndarray:
+    """Next-fit over samples in order of length."""
+    order = longest_first(lengths)
+    pack_of = np.empty(len(lengths), np.int64)
+    pack_of[order] = next_fit(lengths[order], capacity)
+    return pack_of
+
+
+def no_packing(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> np.ndarray:
+    """Each sample is a pack."""
+    return np.arange(len(lengths))
+
+
+def karmarkar_karp(costs: np.ndarray, num_bins: int) -> np.ndarray:
+    """Split items of `costs` [n] into `num_bins` bins of nearly equal sums by largest differencing: bin of each [n]."""
+    heap = [(-float(cost), item, [float(cost)], [[item]]) for item, cost in enumerate(costs)]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        _, item, sums, bins = heapq.heappop(heap)
+        _, _, other_sums, other_bins = heapq.heappop(heap)
+        sums += [0.0] * (num_bins - len(sums))
+        bins += [[] for _ in range(num_bins - len(bins))]
+        lightest = sorted(range(num_bins), key=sums.__getitem__)
+        heaviest = sorted(range(len(other_sums)), key=lambda index: -other_sums[index])
+        for mine, theirs in zip(lightest, heaviest, strict=False):
+            sums[mine] += other_sums[theirs]
+            bins[mine] += other_bins[theirs]
+        heapq.heappush(heap, (min(sums) - max(sums), item, sums, bins))
+    bin_of = np.empty(len(costs), np.int64)
+    for index, members in enumerate(heap[0][3]):
+        bin_of[members] = index
+    return bin_of
+
+
+def _first_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> np.ndarray:
+    """Each sample of `order` into the first pack with room, found in a binary tree of the largest rooms."""
+    leaves = 1 << max(len(lengths) - 1, 0).bit_length()
+    tree = [capacity] * (2 * leaves)
+    pack_of = np.empty(len(lengths), np.int64)
+    sizes = lengths.tolist()
+    for sample in order.tolist():
+        size, node = sizes[sample], 1
+        while node < leaves:
+            node = 2 * node if tree[2 * node] >= size else 2 * node + 1
+        pack_of[sample] = node - leaves
+        tree[node] -= size
+        while node > 1:
+            node //= 2
+            tree[node] = max(tree[2 * node], tree[2 * node + 1])
+    return np.unique(pack_of, return_inverse=True)[1]
+
+
+METHODS: dict[str, PackingMethod] = {
+    "none": no_packing,
+    "random": random_packing,
+    "ISF": isf,
+    "FFS": first_fit_shuffled,
+    "FFD": first_fit_decreasing,
+    "BFS": best_fit_shuffled,
+    "SPFHP": shortest_pack_first,
+    "sorted": sorted_batching,
+}
+"""Packing methods by the names of the paper's table 13."""

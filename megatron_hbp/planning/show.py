@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from megatron_hbp.planning.local import SHARED, cp_local_ranks
 from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.planning.types import Pack, Recompute, Tier
 
 
 def plan_rows(plan: Plan) -> Iterator[dict]:
@@ -20,11 +21,18 @@ def plan_rows(plan: Plan) -> Iterator[dict]:
             "samples": pack.sample_ids.tolist(),
             "lengths": pack.lengths.tolist(),
             "offsets": pack.offsets.tolist(),
-            "cp_local_rank": None,
+            "cp_local_rank": _local(pack, tier),
             "capacity": tier.packing_length,
             "cp_degree": tier.cp_degree,
             "recompute": recompute[pack.tier],
         }
+
+
+def _local(pack: Pack, tier: Tier) -> list[int | None] | None:
+    """For each sample the gang's rank that holds it whole, null where ranks share it; null where there is one rank."""
+    if tier.cp_degree == 1:
+        return None
+    return [None if rank == SHARED else rank for rank in cp_local_ranks(pack, tier).tolist()]
 
 
 def _recompute(recompute: Recompute) -> dict | None:

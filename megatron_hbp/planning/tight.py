@@ -13,11 +13,16 @@ from megatron_hbp.planning.fill import longest_first
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Longest first, each into the fullest pack that still holds it: pack_of int64 [n]."""
+    return best_fit_in_order(lengths, capacity, longest_first(lengths))
+
+
+def best_fit_in_order(lengths: np.ndarray, capacity: int, order: np.ndarray) -> np.ndarray:
+    """Samples in `order` int64 [n], each into the fullest pack that still holds it: pack_of int64 [n]."""
     pack_of = np.empty(len(lengths), np.int64)
     rooms: list[tuple[int, int]] = []
     num_packs = 0
     sizes = lengths.tolist()
-    for sample in longest_first(lengths).tolist():
+    for sample in order.tolist():
         size = sizes[sample]
         place = bisect_left(rooms, (size, -1))
         if place < len(rooms):
@@ -44,19 +49,22 @@ def pack_tightly(lengths: np.ndarray, num_own: int, capacity: int, spare: int) -
     sizes = lengths[::-1]
     num_packs = 0
     while len(unused) and unused[-1] < num_own:
-        seed = int(np.searchsorted(sizes, max(capacity // 2 + 1, lengths[num_own - 1]))) if sizes[-1] > capacity // 2 else len(sizes)-1
-        chosen = _fill_one(sizes, capacity, spare, seed)
+        chosen = _fill_one(sizes, capacity, spare)
         pack_of[unused[chosen]] = num_packs
         num_packs += 1
         keep = np.full(len(unused), True)
         keep[chosen] = False
         unused, sizes = unused[keep], sizes[keep]
+    if num_own == len(lengths):  # without others to finish packs with, best-fit decreasing may need fewer
+        usable = capacity - spare
+        plain = best_fit_decreasing(np.minimum(lengths, usable), usable)
+        return plain if plain.max(initial=-1) + 1 < num_packs else pack_of
     return pack_of
 
 
-def _fill_one(sizes: np.ndarray, capacity: int, spare: int, seed: int) -> list[int]:
+def _fill_one(sizes: np.ndarray, capacity: int, spare: int) -> list[int]:
     """Indices into `sizes` (ascending) of one pack's samples; the longest is always among them."""
-    end = seed
+    end = len(sizes) - 1
     chosen = [end]
     room = capacity - spare - int(sizes[end])
     shortest = int(sizes[0])

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from megatron_hbp.planning.compare import Contender
 from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.metrics import PlanMetrics, plan_metrics
 from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.quality import side_by_side_abr
 
 
 def tier_table(plan: Plan) -> Table:
@@ -28,13 +30,19 @@ def tier_table(plan: Plan) -> Table:
 
 
 def metrics_table(plans: dict[str, Plan], cost: CostModel) -> Table:
-    """The paper's measures of several plans side by side, and modelled time."""
+    """The paper's measures of several plans side by side, and modelled time.
+
+    The first row is the paper's width (N = 4) on any number of ranks; the plan named "HBP" sorts its packs for it, as
+    balance batching would.
+    """
     measured = {name: plan_metrics(plan, cost) for name, plan in plans.items()}
     num_ranks = next(iter(measured.values())).num_ranks
     table = Table(title=f"Balance over N = {num_ranks} ranks; seconds as modelled by {cost.name}")
     table.add_column("")
     for name in plans:
         table.add_column(name, justify="right")
+    abr = [side_by_side_abr(plan, 4, sort=name == "HBP") for name, plan in plans.items()]
+    table.add_row("ABR  were 4 longest gangs side by side", *(f"{value:.4f}" for value in abr))
     for label, show in METRIC_ROWS:
         table.add_row(label, *(show(values) for values in measured.values()))
     return table
@@ -79,3 +87,21 @@ def draw_comparison(measured: dict[str, PlanMetrics], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def comparison_table(contenders: list[Contender], bound: float) -> Table:
+    """Planners side by side; `bound` is the least possible epoch in seconds."""
+    width = contenders[0].plan.num_ranks
+    table = Table(title=f"N = {width} ranks; epoch over the lower bound ({bound:,.1f} s, all work / ranks)")
+    for heading in (
+        "planner", "DBR", "ABR", "PR", "CR", "Ave-T", "idle", "epoch / bound", "eta^2", "trend", "planning, s",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "planner" else "right")
+    for one in contenders:
+        m = one.metrics
+        table.add_row(
+            one.name, f"{m.dbr:.4f}", f"{m.abr:.4f}", f"{m.pr:.4f}", f"{m.cr:.3f}", f"{m.ave_t:,.0f}",
+            f"{m.idle:.2%}", f"{m.epoch_seconds / bound:.3f}", f"{one.randomness.eta_squared:.4f}",
+            f"{one.randomness.trend:.2f}", f"{one.planning_seconds:.2f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,1 @@
+"""Figures and comparisons, run by hand."""

@@ -1,0 +1,112 @@
+"""`hbp plan` as a user calls it."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from megatron_hbp.commands.plan import app
+from megatron_hbp.errors import ConfigError, DataError, HbpError, PlanError
+from megatron_hbp.planning import load
+
+RNG = np.random.default_rng(0)
+LENGTHS = np.concatenate([RNG.integers(20, 400, 300), RNG.integers(1000, 8192, 20)])
+OPTIONS = ["--ranks", "4", "--tiers", "1024:cp1,8192:cp4", "--step-tokens", "16384"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def files(tmp_path):
+    np.save(tmp_path / "lengths.npy", LENGTHS)
+    np.save(tmp_path / "loss_tokens.npy", LENGTHS // 2)
+    (tmp_path / "manifest.json").write_text(json.dumps({"fingerprint": "abc123"}))
+    return tmp_path
+
+
+def test_plan_then_show(files):
+    made = run("--lengths", files / "lengths.npy", *OPTIONS, "--out", files / "PLAN")
+    assert made.exit_code == 0, made.output
+    assert "ABR" in made.output and "naive" in made.output and "N = 4" in made.output
+    shown = run("show", files / "PLAN", "--format", "jsonl")
+    rows = [json.loads(line) for line in shown.output.splitlines()]
+    assert sorted(sample for row in rows for sample in row["samples"]) == list(range(320))
+    assert "Plan" in run("show", files / "PLAN").output
+
+
+def test_plan_from_a_store(files):
+    assert run("--store", files, *OPTIONS, "--out", files / "PLAN", "--epochs", 2).exit_code == 0
+    plan = load(files / "PLAN")
+    assert plan.data.store_fingerprint == "abc123"
+    np.testing.assert_array_equal(np.bincount(plan.sample_ids), 2)
+
+
+def test_a_named_cost_model_brings_its_recompute(files):
+    tiers = ["--ranks", "8", "--tiers", "16384:cp1,131072:cp8", "--step-tokens", "131072"]
+    run("--lengths", files / "lengths.npy", *tiers, "--cost", "llama3.1-8b-h100", "--out", files / "PLAN")
+    assert [tier.recompute.num_layers for tier in load(files / "PLAN").tiers] == [28, 28]
+
+
+def test_reschedule(files):
+    run("--lengths", files / "lengths.npy", *OPTIONS, "--out", files / "PLAN")
+    done = run("reschedule", files / "PLAN", "--ranks", 8, "--from-step", 2, "--out", files / "NEW")
+    assert done.exit_code == 0, done.output
+    old, new = load(files / "PLAN"), load(files / "NEW")
+    assert new.num_ranks == 8 and new.num_steps == old.num_steps - 2
+
+
+def test_compare(files):
+    options = ["--ranks", "8", "--tiers", "1024:cp1,8192:cp8", "--step-tokens", "16384"]
+    done = run("compare", "--lengths", files / "lengths.npy", *options, "--picture", files / "picture.png")
+    assert done.exit_code == 0, done.output
+    assert "HBP, lockstep" in done.output and (files / "picture.png").stat().st_size > 1000
+
+
+def broken(files, name, values):
+    np.save(files / name, values)
+    return files / name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (lambda f: ["--lengths", f / "none.npy"], DataError, "cannot be read"),
+        (lambda f: ["--lengths", f / "manifest.json"], DataError, "not a NumPy .npy file"),
+        (lambda f: ["--lengths", broken(f, "a.npy", np.ones(3))], DataError, "whole numbers"),
+        (lambda f: ["--lengths", broken(f, "a.npy", np.array([{}], object))], DataError, "not a NumPy"),
+        (lambda f: ["--lengths", broken(f, "a.npy", np.array([5, -1]))], DataError, "sample 1 has length -1"),
+        (lambda f: ["--lengths", broken(f, "a.npy", np.array([9000]))], DataError, "longer than the longest tier"),
+        (lambda f: ["--lengths", f / "lengths.npy", "--ranks", "6"], ConfigError, "do not divide"),
+        (lambda f: ["--lengths", f / "lengths.npy", "--cost", "x"], ConfigError, "unknown cost model"),
+        (lambda f: ["--lengths", f / "lengths.npy", "--store", f], ConfigError, "either --lengths"),
+        (lambda f: ["--store", f / "none"], DataError, "no token store"),
+        (
+            lambda f: ["--lengths", f / "lengths.npy", "--loss-tokens", broken(f, "b.npy", LENGTHS + 1)],
+            DataError,
+            "loss tokens of",
+        ),
+        (
+            lambda f: ["--lengths", f / "lengths.npy", "--loss-tokens", broken(f, "b.npy", LENGTHS[1:])],
+            DataError,
+            "both must match",
+        ),
+    ],
+)
+def test_mistakes_are_named(files, arguments, error, message):
+    result = run(*OPTIONS, "--out", files / "PLAN", *arguments(files))
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+    assert not (files / "PLAN").exists()
+
+
+def test_missing_options_are_named(files):
+    result = run("--lengths", files / "lengths.npy", "--ranks", 4)
+    assert isinstance(result.exception, HbpError)
+    assert "--tiers, --step-tokens, --out" in str(result.exception)
+
+
+def test_showing_what_is_no_plan(files):
+    assert isinstance(run("show", files / "lengths.npy").exception, PlanError)
