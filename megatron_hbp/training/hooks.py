@@ -97,13 +97,13 @@ def _reporting(evaluate: Callable, metrics: RunMetrics) -> Callable:
 
 def _same_plan(check_checkpoint_args: Callable) -> Callable:
     @functools.wraps(check_checkpoint_args)
-    def check(checkpoint_args: Any) -> Any:
+    def check(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
         mine, theirs = get_args().hbp_plan_hash, getattr(checkpoint_args, "hbp_plan_hash", None)
         if theirs is not None and theirs != mine:
             raise PlanError(
                 f"the checkpoint in {get_args().load} was trained with plan {theirs[:12]}, --hbp-plan is {mine[:12]}: "
                 f"resume with the plan it was trained with, or start anew with --finetune"
             )
-        return check_checkpoint_args(checkpoint_args)
+        return check_checkpoint_args(checkpoint_args, *args, **kwargs)
 
     return check
