@@ -289,6 +289,56 @@ def names_of_transformer_engine() -> None:
     random.activation_recompute_forward = lambda activation_recompute, recompute_phase: contextlib.nullcontext()
 
 
+@patch("distrib_optimizer.py:839 wants the step of an optimizer that has not stepped yet when a checkpoint is loaded")
+def optimizer_loads_before_its_first_step() -> None:
+    """Let DistributedOptimizer.state_dict() say step 0 before the first step; only torch's own Adam needs that."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    plain = distrib_optimizer.DistributedOptimizer.state_dict
+
+    @functools.wraps(plain)
+    def state_dict(self: Any) -> Any:
+        state = self.optimizer.state
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if state or not parameters:
+            return plain(self)
+        state[parameters[0]] = {"step": torch.zeros(())}
+        try:
+            return plain(self)
+        finally:
+            state.clear()
+
+    distrib_optimizer.DistributedOptimizer.state_dict = state_dict
+
+
+@patch("distrib_optimizer.py:1225 copies into fp32 parameters, which are leaves; half precision has copies")
+def optimizer_loads_without_grad() -> None:
+    """Load the distributed optimizer's state under no_grad: here parameters are fp32 and their own main parameters."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    DistributedOptimizer.load_state_dict = torch.no_grad()(DistributedOptimizer.load_state_dict)
+
+
+@patch("distrib_optimizer.py:1027, :1225 load one step tensor for all parameters, then overwrite it with 0")
+def optimizer_steps_are_loaded() -> None:
+    """Give every parameter its own step, as saved with its group; only torch's own Adam keeps steps by parameter."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    plain = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(plain)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        plain(self, state_dict)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if "step" in self.optimizer.state.get(parameter, {}):
+                    self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+
+    DistributedOptimizer.load_state_dict = load_state_dict
+
+
 def main() -> None:
     """Print the list of patches."""
     for patch_ in PATCHES:

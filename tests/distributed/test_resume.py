@@ -1,0 +1,112 @@
+"""A run that is stopped and resumed is the run that was never stopped, to the last bit; another plan is refused.
+
+A DeepSeek-V2-style model (MLA, shared and routed experts, EP 2) with the distributed optimizer, CP degrees 1, 2 and 4
+and another recompute policy a tier, through the real entry point on 4 gloo ranks.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_hbp.planning.plan import Plan
+from tests.distributed.conftest import Ended, steps_of, write_plan, write_store
+
+STOP = 4
+
+MODEL = shlex.split("""
+    --num-layers 2 --hidden-size 32 --num-attention-heads 8 --ffn-hidden-size 48 --swiglu --normalization RMSNorm
+    --disable-bias-linear --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 8
+    --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8
+    --qk-layernorm --rope-type rope
+    --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 16 --moe-shared-expert-intermediate-size 32
+    --moe-layer-freq '[0]*1+[1]*1' --moe-token-dispatcher-type alltoall --moe-router-load-balancing-type none
+    --moe-aux-loss-coeff 0 --moe-router-pre-softmax --expert-model-parallel-size 2
+    --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 2 --use-distributed-optimizer
+""")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """What the launches left behind."""
+
+    plan: Plan
+    other_plan: Plan
+    straight: Ended
+    stopped: Ended
+    resumed: Ended
+    refused: Ended
+    folder: Path
+
+    def steps(self, run: str) -> list[dict]:
+        return steps_of(self.folder / f"{run}.jsonl")
+
+
+def mixes_degrees_on_both_sides(plan: Plan) -> bool:
+    """Every CP degree before the stop and after it."""
+    halves = (plan.pack_step < STOP, plan.pack_step >= STOP)
+    return all({1, 2, 4} == set(plan.pack_cp[half].tolist()) for half in halves)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, train) -> Runs:
+    """Four launches: straight through, stopped after STOP steps, resumed, resumed with another plan."""
+    folder = tmp_path_factory.mktemp("resume")
+    store = write_store(folder / "store", num_samples=70, seed=3)
+    plans = (write_plan(folder / "plan", store, num_ranks=4, seed=seed) for seed in range(30))
+    plan = next(plan for plan in plans if mixes_degrees_on_both_sides(plan))
+    other_plan = write_plan(folder / "other", store, num_ranks=4, seed=31)
+
+    def run(name: str, *flags: object, plan: str = "plan") -> Ended:
+        hbp = ("--hbp-plan", folder / plan, "--hbp-store", folder / "store", "--hbp-metrics", folder / f"{name}.jsonl")
+        return train(*hbp, *MODEL, *flags, ranks=4)
+
+    save = ("--save", folder / "saved", "--save-interval", STOP)
+    return Runs(
+        straight=run("straight"),
+        stopped=run("stopped", *save, "--exit-interval", STOP),
+        resumed=run("resumed", "--load", folder / "saved"),
+        refused=run("refused", "--load", folder / "saved", plan="other"),
+        plan=plan,
+        other_plan=other_plan,
+        folder=folder,
+    )
+
+
+def test_a_run_takes_every_step_of_the_plan(runs):
+    assert runs.straight.code == 0, runs.straight.err[-3000:]
+    steps = runs.steps("straight")
+    assert [line["iteration"] for line in steps] == list(range(1, runs.plan.num_steps + 1))
+    assert sum(line["tokens"] for line in steps) == int(runs.plan.pack_tokens.sum())
+    assert len({line["loss"] for line in steps}) == len(steps)
+
+
+def test_the_stopped_run_saves_and_stops(runs):
+    assert runs.stopped.code == 0, runs.stopped.err[-3000:]
+    assert (runs.folder / "saved" / "latest_checkpointed_iteration.txt").read_text().strip() == str(STOP)
+    assert numbers(runs.steps("stopped")) == numbers(runs.steps("straight")[:STOP])
+
+
+def test_the_resumed_run_is_the_straight_one(runs):
+    assert runs.resumed.code == 0, runs.resumed.err[-3000:]
+    assert numbers(runs.steps("resumed")) == numbers(runs.steps("straight")[STOP:])
+
+
+def test_another_plan_is_refused_in_one_line(runs):
+    assert runs.refused.code == 78, runs.refused.err[-3000:]
+    told = runs.refused.told()
+    assert told, runs.refused.err[-3000:]
+    for line in told:  # a rank speaks for itself once the process group exists; each says the same
+        assert runs.plan.hash[:12] in line and runs.other_plan.hash[:12] in line
+        assert str(runs.folder / "saved") in line
+    assert "Traceback" not in runs.refused.out + runs.refused.err
+    assert not (runs.folder / "refused.jsonl").exists()
+
+
+def numbers(steps: list[dict]) -> list[tuple]:
+    """What two runs must agree in, to the last bit."""
+    return [
+        (line["iteration"], line["loss"].hex(), line["grad_norm"].hex(), line["learning_rate"], line["tokens"])
+        for line in steps
+    ]

@@ -1,0 +1,82 @@
+"""The reference kernel against softmax written out in fp64, with the mask spelled out; and who may exchange heads."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.model import exchange, kernels
+from tests.unit.model.packs import context_of
+
+LENGTHS = [5, 1, 9, 2]
+
+
+def naive(q, k, v, lengths, scale):
+    """Head by head, row by row: token i sees token j iff they are of one sample and j <= i."""
+    t, heads = q.shape[:2]
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    order = torch.arange(t)
+    seen = (sample[:, None] == sample[None]) & (order[:, None] >= order[None])
+    group = heads // k.shape[1]
+    out = []
+    for head in range(heads):
+        scores = (q[:, head] @ k[:, head // group].T * scale).masked_fill(~seen, -math.inf)
+        weights = (scores - scores.max(1, keepdim=True).values).exp()
+        out.append(weights / weights.sum(1, keepdim=True) @ v[:, head // group])
+    return torch.stack(out, dim=1)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2, 1])
+@pytest.mark.parametrize("value_width", [8, 5, 11])
+def test_reference_is_softmax_attention(kv_heads, value_width):
+    torch.manual_seed(0)
+    t, scale = sum(LENGTHS), 0.37
+    q = torch.randn(t, 6, 8, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(t, kv_heads, 8, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(t, kv_heads, value_width, dtype=torch.float64, requires_grad=True)
+    out = kernels.reference(q, k, v, context_of(LENGTHS), scale)
+    expected = naive(q, k, v, LENGTHS, scale)
+    assert out.shape == (t, 6, value_width)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+
+    towards = torch.randn_like(out)
+    for mine, theirs in zip(*(torch.autograd.grad(x, (q, k, v), towards) for x in (out, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_samples_do_not_see_each_other():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(LENGTHS), 2, 4, dtype=torch.float64) for _ in range(3))
+    before = kernels.reference(q, k, v, context_of(LENGTHS), 0.5)
+    k[6:15], v[6:15] = 0, 0  # the third sample
+    after = kernels.reference(q, k, v, context_of(LENGTHS), 0.5)
+    assert torch.equal(before[:6], after[:6]) and torch.equal(before[15:], after[15:])
+    assert not torch.equal(before[6:15], after[6:15])
+
+
+@pytest.mark.parametrize(
+    "device, dtype, kernel",
+    [
+        ("cuda", torch.bfloat16, kernels.varlen),
+        ("cuda", torch.float16, kernels.varlen),
+        ("cuda", torch.float32, kernels.reference),
+        ("cuda", torch.float64, kernels.reference),
+        ("cpu", torch.bfloat16, kernels.reference),
+    ],
+)
+def test_choice(device, dtype, kernel):
+    assert kernels.choose(torch.device(device), dtype) is kernel
+
+
+@pytest.mark.parametrize("query_heads, kv_heads, degree", [(8, 2, 1), (8, 2, 4), (8, 8, 8), (6, 4, 3), (12, 1, 6)])
+def test_heads_that_can_be_shared_out(query_heads, kv_heads, degree):
+    exchange.check_heads(query_heads, kv_heads, degree)
+
+
+@pytest.mark.parametrize("query_heads, kv_heads, degree", [(8, 2, 3), (8, 8, 16), (6, 2, 4)])
+def test_heads_that_cannot(query_heads, kv_heads, degree):
+    with pytest.raises(ConfigError) as refused:
+        exchange.check_heads(query_heads, kv_heads, degree)
+    for part in (f"CP degree {degree}", f"{query_heads} query heads", f"{kv_heads} KV heads"):
+        assert part in str(refused.value)

@@ -1,0 +1,227 @@
+"""Runs in a process of its own on one gloo rank: the recompute switch and context capture on real tiny models, fp64.
+
+Prints {"cases": {name: error or ""}, "gradients": {model: {policy: differs}}, "bytes": {model: {policy: saved bytes}}}.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from megatron_hbp.platform import cpu
+
+cpu.apply()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+from megatron_hbp.errors import ConfigError  # noqa: E402
+from megatron_hbp.model.context import bind, current, on_bind  # noqa: E402
+from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch, install_context_capture  # noqa: E402
+from megatron_hbp.planning.types import Recompute  # noqa: E402
+from megatron_hbp.training.feed import MicroBatch  # noqa: E402
+from megatron_hbp.training.forward import make_forward_step  # noqa: E402
+from tests.equivalence.models import VOCABULARY, build  # noqa: E402
+from tests.unit.model.packs import micro_batch_of  # noqa: E402
+
+LENGTHS = [17, 5, 40, 1]
+MODULES = {
+    "dense": ("core_attn", "layernorm", "mlp"),
+    "moe": ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"),
+}
+FULL = Recompute(granularity="full", num_layers=3)
+
+
+def selective(*modules: str) -> Recompute:
+    return Recompute(granularity="selective", modules=modules)
+
+
+def policies(kind: str) -> dict[str, Recompute]:
+    return {
+        "none": Recompute(),
+        **{name: selective(name) for name in MODULES[kind]},
+        "all": selective(*(name for name in MODULES[kind] if name not in ("mlp", "moe"))),
+        "full1": Recompute(granularity="full", num_layers=1),
+        "full3": FULL,
+    }
+
+
+def micro_batch(policy: Recompute, lengths=LENGTHS, seed: int = 0) -> MicroBatch:
+    return micro_batch_of(lengths, recompute=policy, vocabulary=VOCABULARY, seed=seed)
+
+
+def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    losses, loss_sum = make_forward_step()(iter([batch]), model)
+    return loss_sum(losses)[0]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Take the gradients, leave zeros."""
+    found = {name: p.main_grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad_buffer()
+    return found
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def one_by_one(model: torch.nn.Module, *batches: MicroBatch) -> dict[str, torch.Tensor]:
+    with on_bind(RecomputeSwitch([model])):
+        for batch in batches:
+            forward(model, batch).backward()
+    return gradients(model)
+
+
+def saved_bytes(model: torch.nn.Module, policy: Recompute) -> int:
+    """Bytes that the backward still holds when the forward has ended, parameters not counted."""
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with on_bind(RecomputeSwitch([model])), hooks:
+        total = forward(model, micro_batch(policy))
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    total.backward()
+    gradients(model)
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+# ---------------------------------------------------------------- cases
+
+
+def switch_sets_and_clears(models) -> None:
+    for kind, model in models.items():
+        switch = RecomputeSwitch([model])
+        assert {name for _, _, name in switch._owners} == set(MODULES[kind]), {name for _, _, name in switch._owners}
+        configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+        for policy in [*policies(kind).values(), *reversed(policies(kind).values())]:
+            switch.set(policy)
+            for module, flag, name in switch._owners:
+                assert flag in FLAGS[name] and getattr(module, flag) is (name in policy.modules), (policy, name)
+            full = policy.granularity == "full"
+            wanted = (policy.granularity, "block" if full else None, policy.num_layers if full else None)
+            for config in configs:
+                found = (config.recompute_granularity, config.recompute_method, config.recompute_num_layers)
+                assert found == wanted, (policy, found)
+
+
+def switch_knows_configs_that_were_copied(models) -> None:
+    model = models["moe"]
+    configs = {id(m.config) for m in model.modules() if hasattr(m, "config")}
+    assert len(configs) > 1  # else this case shows nothing
+    assert len(RecomputeSwitch([model])._configs) == len(configs)
+
+
+def switch_names_what_a_model_has(models) -> None:
+    switch = RecomputeSwitch([models["dense"]])
+    for policy in policies("dense").values():
+        switch.check(policy)
+    try:
+        switch.check(selective("core_attn", "moe"))
+    except ConfigError as error:
+        assert "'moe'" in str(error) and "core_attn, layernorm, mlp" in str(error), error
+    else:
+        raise AssertionError("a dense model has no moe")
+
+
+def a_policy_that_is_set_costs_nothing(models) -> None:
+    model = models["dense"]
+    switch = RecomputeSwitch([model])
+    switch.set(FULL)
+    model.config.recompute_num_layers = "untouched"
+    switch.set(FULL)
+    assert model.config.recompute_num_layers == "untouched"
+    switch.set(Recompute())
+    assert model.config.recompute_num_layers is None
+
+
+def capture_is_installed_once(models) -> None:
+    before = tensor_parallel.checkpoint, tensor_parallel.CheckpointWithoutOutput
+    install_context_capture()
+    assert before == (tensor_parallel.checkpoint, tensor_parallel.CheckpointWithoutOutput)
+
+
+def both_checkpoints_keep_the_context(models) -> None:
+    a, b = (micro_batch(Recompute(), seed=seed).context for seed in (1, 2))
+    seen = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        seen.append(current())
+        return x.exp()
+
+    with bind(a):
+        kept = tensor_parallel.checkpoint(layer, False, torch.ones(2, requires_grad=True))
+        discarding = tensor_parallel.CheckpointWithoutOutput()
+        inner = discarding.checkpoint(layer, torch.ones(2, requires_grad=True))
+        out = inner * inner
+        discarding.discard_output_and_register_recompute(out)
+    with bind(b):
+        kept.sum().backward()
+        out.sum().backward()
+    assert len(seen) == 4 and all(context is a for context in seen)
+
+
+def backward_recomputes_in_the_forwards_context(models) -> None:
+    """The order of 1F1B: forward A, forward B, backward A (B current or none), backward B."""
+    for kind, model in models.items():
+        for name, policy in policies(kind).items():
+            a, b = micro_batch(policy), micro_batch(FULL, lengths=[30, 33], seed=1)
+            expected = one_by_one(model, a, b)
+            with on_bind(RecomputeSwitch([model])):
+                first, second = forward(model, a), forward(model, b)
+                with bind(b.context):
+                    first.backward()
+                second.backward()
+            assert same(gradients(model), expected), (kind, name)
+
+
+CASES: tuple[Callable[[dict], None], ...] = (
+    switch_sets_and_clears,
+    switch_knows_configs_that_were_copied,
+    switch_names_what_a_model_has,
+    a_policy_that_is_set_costs_nothing,
+    capture_is_installed_once,
+    both_checkpoints_keep_the_context,
+    backward_recomputes_in_the_forwards_context,
+)
+
+
+def outcome(case: Callable[[dict], None], models: dict) -> str:
+    try:
+        case(models)
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def main(store_path: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(store_path, 1), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    install_context_capture()
+    models = {kind: build(kind)[0] for kind in MODULES}
+    for model in models.values():
+        model.train()
+        model.zero_grad_buffer()
+    results: dict = {"cases": {case.__name__: outcome(case, models) for case in CASES}}
+    plain = {kind: one_by_one(model, micro_batch(Recompute())) for kind, model in models.items()}
+    results["gradients"] = {
+        kind: {name: not same(one_by_one(model, micro_batch(p)), plain[kind]) for name, p in policies(kind).items()}
+        for kind, model in models.items()
+    }
+    results["bytes"] = {
+        kind: {name: saved_bytes(model, policy) for name, policy in policies(kind).items()}
+        for kind, model in models.items()
+    }
+    print("RESULT " + json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

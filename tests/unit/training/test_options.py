@@ -1,0 +1,300 @@
+"""Our flags, the flags a plan implies, and one clear refusal for each combination that cannot work."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from megatron_hbp.data.manifest import TokenizerInfo
+from megatron_hbp.data.store import TokenStore
+from megatron_hbp.data.writer import StoreWriter
+from megatron_hbp.errors import ConfigError, DataError, PlanError
+from megatron_hbp.planning import planfile
+from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.training import main, options
+from megatron_hbp.training.options import HbpOptions, PlannedData
+from tests.equivalence.plans import plan_of
+
+LENGTHS = (5, 9, 30, 14)
+TIERS = (Tier(packing_length=16), Tier(packing_length=64, cp_degree=2))
+# two steps of one and two slots on two ranks
+PACKS = [(0, 0, 0, 0, [0]), (0, 0, 1, 0, [1]), (1, 0, 0, 1, [2]), (1, 1, 0, 0, [3])]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    folder: Path
+
+    def store(self, name: str = "store", lengths: tuple[int, ...] = LENGTHS) -> Path:
+        """The token store of that name, made at the first call."""
+        path = self.folder / name
+        if not path.exists():
+            info = TokenizerInfo(
+                name="n", sha256="0", chat_template_sha256="0", vocab_size=320, eos_id=None, pad_id=None
+            )
+            with StoreWriter(path) as writer:
+                for n in lengths:
+                    writer.add(np.arange(n, dtype=np.int32), np.ones(n, np.uint8))
+                writer.finish(tokenizer=info, sources=[])
+        return path
+
+    def plan(self, name: str = "plan", **changes: object) -> Path:
+        """A plan file of PACKS with fields changed."""
+        path = self.folder / name
+        planfile.save(plan(**changes), path)
+        return path
+
+
+def plan(**changes: object) -> Plan:
+    changes = {"num_ranks": 2, "tiers": TIERS, **changes}
+    num_ranks, tiers = changes.pop("num_ranks"), changes.pop("tiers")
+    made = plan_of(PACKS, tiers=tiers, lengths=np.array(LENGTHS), num_ranks=num_ranks)  # type: ignore[arg-type]
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def files(tmp_path) -> Files:
+    return Files(folder=tmp_path)
+
+
+def read(*argv: object) -> HbpOptions:
+    return HbpOptions.from_argv([str(word) for word in argv])
+
+
+# ---------------------------------------------------------------- from_argv
+
+
+def test_without_a_plan_there_is_nothing():
+    assert read("--num-layers", 2, "--hbp") == HbpOptions(train=None, valid=None, metrics=None)
+
+
+def test_plans_stores_and_metrics_among_other_flags(files):
+    told = read(
+        "--num-layers", 2, "--hbp-plan", files.plan(), "--hbp-store", files.store(), "--lr", "1e-3",
+        "--hbp-valid-plan", files.plan("valid", seed=4), "--hbp-valid-store", files.store(), "--hbp-metrics", "m.jsonl",
+    )  # fmt: skip
+    assert told.train.plan.hash == plan().hash and told.valid.plan.hash == plan(seed=4).hash
+    assert told.train.store.num_samples == 4 and told.metrics == Path("m.jsonl")
+
+
+@pytest.mark.parametrize("flag", ["--hbp-store", "--hbp-metrics", "--hbp-valid-plan", "--hbp-valid-store"])
+def test_stray_flags_are_refused(flag):
+    with pytest.raises(ConfigError, match=f"^{flag} needs --hbp-plan$"):
+        read(flag, "x")
+
+
+def test_a_plan_without_its_store_is_refused(files):
+    with pytest.raises(ConfigError, match=r"^--hbp-plan .*plan needs its token store: give --hbp-store DIR$"):
+        read("--hbp-plan", files.plan())
+    with pytest.raises(ConfigError, match="give --hbp-valid-store DIR"):
+        read("--hbp-plan", files.plan(), "--hbp-store", files.store(), "--hbp-valid-plan", files.plan())
+
+
+def test_a_missing_store_is_a_data_error(files):
+    with pytest.raises(DataError, match="no such token store"):
+        read("--hbp-plan", files.plan(), "--hbp-store", files.folder / "nowhere")
+
+
+def test_a_missing_plan_is_named(files):
+    with pytest.raises(PlanError, match="absent cannot be read"):
+        read("--hbp-plan", files.folder / "absent", "--hbp-store", files.store())
+
+
+def test_a_plan_of_other_data_names_both(files):
+    other = files.store("other", (5, 9, 30, 15))
+    with pytest.raises(PlanError, match="belongs to other data") as refused:
+        read("--hbp-plan", files.plan(), "--hbp-store", other)
+    theirs = dataclasses.asdict(plan().data)["lengths_sha256"]
+    assert theirs in str(refused.value) and str(refused.value).count("samples") == 2
+
+
+def test_a_plan_of_another_store_of_the_same_lengths_names_both(files):
+    data = dataclasses.replace(plan().data, store_fingerprint="e" * 64)
+    with pytest.raises(PlanError, match="another token store") as refused:
+        read("--hbp-plan", files.plan(data=data), "--hbp-store", files.store())
+    assert "e" * 64 in str(refused.value) and TokenStore.open(files.store()).fingerprint in str(refused.value)
+
+
+def test_valid_plan_for_other_ranks_is_refused(files):
+    four = files.plan("four", num_ranks=4)
+    with pytest.raises(PlanError, match="for 2 data-parallel ranks, --hbp-valid-plan for 4") as refused:
+        read(
+            "--hbp-plan", files.plan(), "--hbp-store", files.store(),
+            "--hbp-valid-plan", four, "--hbp-valid-store", files.store(),
+        )  # fmt: skip
+    assert "hbp plan --ranks" in str(refused.value)
+
+
+def test_zigzag_is_refused(files):
+    tiers = (TIERS[0], dataclasses.replace(TIERS[1], layout="zigzag"))
+    with pytest.raises(ConfigError, match="only contiguous layouts can be trained"):
+        read("--hbp-plan", files.plan(tiers=tiers), "--hbp-store", files.store())
+
+
+# ---------------------------------------------------------------- implied_flags
+
+
+def loaded(files: Files, valid: bool = False, **changes: object) -> HbpOptions:
+    def data(name: str, **changes: object) -> PlannedData:
+        return PlannedData.load(str(files.plan(name, **changes)), str(files.store()), "--hbp-plan")
+
+    return HbpOptions(train=data("plan", **changes), valid=data("valid") if valid else None, metrics=None)
+
+
+def parsed(flags: list[str]) -> dict[str, str]:
+    pairs = [word for word in flags if word != "--calculate-per-token-loss"]
+    return dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def test_implied_flags_follow_the_plan(files):
+    flags = options.implied_flags(loaded(files))
+    assert "--calculate-per-token-loss" in flags
+    assert parsed(flags) == {
+        "--micro-batch-size": "1",
+        "--global-batch-size": "4",  # 2 ranks x 2 slots
+        "--train-iters": "2",
+        "--seq-length": "32",  # 64 over CP 2
+        "--max-position-embeddings": "64",
+        "--dataloader-type": "external",
+        "--position-embedding-type": "rope",
+        "--attention-dropout": "0",
+        "--hidden-dropout": "0",
+        "--eval-iters": "0",
+        "--eval-interval": "3",  # never inside the run, so once after it
+        "--tokenizer-type": "NullTokenizer",
+        "--vocab-size": "320",
+    }
+
+
+def test_a_valid_plan_is_evaluated_whole(files):
+    assert parsed(options.implied_flags(loaded(files, valid=True)))["--eval-iters"] == "2"
+
+
+def test_megatron_takes_every_implied_flag_and_the_users_win(files, monkeypatch):
+    from megatron.training.arguments import parse_args
+
+    flags = options.implied_flags(loaded(files))
+    monkeypatch.setattr("sys.argv", ["pretrain_hbp.py", *flags, "--train-iters", "1", "--hidden-dropout", "0.25"])
+    args = parse_args(extra_args_provider=options.add_hbp_arguments)
+    assert (args.train_iters, args.hidden_dropout, args.micro_batch_size) == (1, 0.25, 1)
+    assert args.calculate_per_token_loss and args.dataloader_type == "external" and args.seq_length == 32
+
+
+def test_the_users_flags_go_last(files, monkeypatch):
+    class ArgumentsAreReadHere(Exception):
+        pass
+
+    def parse(**kwargs: object) -> None:
+        raise ArgumentsAreReadHere
+
+    user = ["--hbp-plan", str(files.plan()), "--hbp-store", str(files.store()), "--train-iters", "1"]
+    monkeypatch.setattr("megatron.training.arguments.parse_and_validate_args", parse)
+    monkeypatch.setattr(main, "_platform_flags", lambda: ["--distributed-backend", "gloo"])
+    monkeypatch.setattr("sys.argv", ["pretrain_hbp.py", *user])
+    with pytest.raises(ArgumentsAreReadHere):
+        main.run(user)
+    assert sys.argv[1:] == ["--distributed-backend", "gloo", *options.implied_flags(loaded(files)), *user]
+
+
+def test_our_flags_are_strings_for_megatrons_checkpoints():
+    parser = options.add_hbp_arguments(argparse.ArgumentParser())
+    values = vars(parser.parse_args(["--hbp-plan", "p", "--hbp-store", "s", "--hbp-metrics", "m"]))
+    assert all(value is None or type(value) is str for value in values.values())
+
+
+# ---------------------------------------------------------------- check_together
+
+
+def megatron(**changes: object) -> SimpleNamespace:
+    """Megatron-LM's arguments as a run of this plan has them."""
+    values: dict[str, object] = {
+        **dict.fromkeys(("hybrid_context_parallel", "sft", "variable_seq_lengths"), False),
+        **dict.fromkeys(("data_path", "mtp_num_layers", "rampup_batch_size", "num_experts", "recompute_granularity")),
+        **dict.fromkeys(("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"), 1),
+        "micro_batch_size": 1, "calculate_per_token_loss": True, "dataloader_type": "external",
+        "data_parallel_size": 2, "world_size": 2, "train_iters": 2, "seq_length": 32,
+        "iterations_to_skip": [], "cuda_graph_impl": "none", "moe_aux_loss_coeff": 0.0,
+    }  # fmt: skip
+    assert changes.keys() <= values.keys()
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_experts": 8, "moe_aux_loss_coeff": 0.01},
+        {"train_iters": 1},
+        {"pipeline_model_parallel_size": 2, "variable_seq_lengths": True},
+    ],
+)
+def test_what_goes_together(files, changes):
+    options.check_together(megatron(**changes), loaded(files))
+
+
+@pytest.mark.parametrize(
+    "changes, flag",
+    [
+        ({"context_parallel_size": 2}, "--context-parallel-size"),
+        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
+        ({"data_path": ["x"]}, "--data-path"),
+        ({"sft": True}, "--sft"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
+        ({"iterations_to_skip": [3]}, "--iterations-to-skip"),
+        ({"rampup_batch_size": [1, 1, 1]}, "--rampup-batch-size"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
+        ({"recompute_granularity": "full"}, "--recompute-granularity"),
+    ],
+)
+def test_flags_that_contradict_a_plan(files, changes, flag):
+    with pytest.raises(ConfigError, match=f"^{flag} cannot be used with --hbp-plan: .") as refused:
+        options.check_together(megatron(**changes), loaded(files))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"calculate_per_token_loss": False}, {"micro_batch_size": 2}, {"dataloader_type": "single"}]
+)
+def test_flags_that_a_plan_needs(files, changes):
+    with pytest.raises(ConfigError, match=r"^--hbp-plan needs --calculate-per-token-loss, --micro-batch-size 1"):
+        options.check_together(megatron(**changes), loaded(files))
+
+
+def test_a_plan_for_other_ranks(files):
+    args = megatron(data_parallel_size=4, world_size=16, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with pytest.raises(PlanError) as refused:
+        options.check_together(args, loaded(files))
+    for part in ("for 2 data-parallel ranks", "this run has 4", "world 16 / TP 2 / PP 2", "hbp plan --ranks 4"):
+        assert part in str(refused.value)
+
+
+def test_more_iterations_than_steps(files):
+    with pytest.raises(PlanError, match="--train-iters 3 exceeds the plan's 2 steps"):
+        options.check_together(megatron(train_iters=3), loaded(files))
+
+
+def test_gang_is_refused(files):
+    with pytest.raises(PlanError, match="'gang', only lockstep"):
+        options.check_together(megatron(), loaded(files, schedule="gang"))
+
+
+def test_pipeline_stages_want_equal_local_tokens(files):
+    pipelined = megatron(pipeline_model_parallel_size=2, world_size=4)
+    with pytest.raises(ConfigError, match=r"the same local tokens \(they have \[16, 32\]\), or --variable-seq-lengths"):
+        options.check_together(pipelined, loaded(files))
+    equal = (Tier(packing_length=32), Tier(packing_length=64, cp_degree=2))
+    options.check_together(pipelined, loaded(files, tiers=equal))
+
+
+def test_description_is_one_line_of_json(files):
+    tiers = (dataclasses.replace(TIERS[0], recompute=Recompute(granularity="full", num_layers=2)), TIERS[1])
+    line = options.describe(loaded(files, tiers=tiers))
+    assert json.loads(line) == {
+        "plan": plan(tiers=tiers).hash, "tiers": ["16:cp1:full2", "64:cp2"], "ranks": 2, "steps": 2,
+    }  # fmt: skip
