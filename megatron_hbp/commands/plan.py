@@ -32,6 +32,7 @@ from megatron_hbp.report.plan_tables import (
     metrics_table,
     tier_table,
 )
+from megatron_hbp.report.terminal import wide_console
 
 app = typer.Typer(help="Make, show and compare plans.", invoke_without_command=True, no_args_is_help=True)
 
@@ -111,7 +112,7 @@ def plan(
     made = join_epochs(passes)
     planfile.save(made, out)
     naive = naive_plan(data.lengths, **common, seed=seed)
-    console = Console()
+    console = wide_console()
     console.print(tier_table(made))
     console.print(metrics_table({"HBP": made, f"naive, all in {wanted[-1].packing_length:,}": naive}, model))
     console.print(counts_line(made))
@@ -129,7 +130,7 @@ def show(
         for row in plan_rows(made):
             sys.stdout.write(json.dumps(row) + "\n")
         return
-    console = Console()
+    console = wide_console()
     console.print(tier_table(made))
     console.print(metrics_table({"HBP": made}, preset(made.cost_model)))
     console.print(counts_line(made))
@@ -146,7 +147,7 @@ def reschedule_plan(
     made = planfile.load(plan_file)
     changed = reschedule(made, num_ranks=ranks, cost=preset(made.cost_model), from_step=from_step)
     planfile.save(changed, out)
-    console = Console()
+    console = wide_console()
     console.print(tier_table(changed))
     console.print(counts_line(changed))
     console.print(f"plan written to {out} (hash {changed.hash})", soft_wrap=True)
@@ -180,7 +181,7 @@ def compare(
     planners = contenders() | (_load_planners(peers) if peers else {})
     found = list(track(compare_all(values, request, planners), total=len(planners), description="planning"))
     bound = lower_bound(values, model, ranks, settings=model.recompute_layers or _settings(request))
-    console = Console()
+    console = wide_console()
     console = console if console.is_terminal else Console(width=160)
     console.print(comparison_table(found, bound))
     console.print(f"{len(values):,} samples, {values.sum():,} tokens; seconds as modelled by {model.name}")

@@ -24,6 +24,7 @@ from megatron_hbp.planning.planner import DEFAULT_COST_MODEL, make_plan, naive_p
 from megatron_hbp.planning.types import parse_tiers
 from megatron_hbp.report.plan_tables import tier_table
 from megatron_hbp.report.run_picture import draw_runs
+from megatron_hbp.report.terminal import wide_console
 
 TIERS = "1024:cp1,8192:cp4:full1"
 NUM_RANKS = 4
@@ -38,7 +39,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where everything goes (default out/demo)")
     out = parser.parse_args().out
     started = time.monotonic()
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = wide_console()
     try:
         learnt = _demo(out, console)
     except HbpError as error:

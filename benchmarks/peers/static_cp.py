@@ -1,0 +1,100 @@
+"""Tuned static CP: one packing length and one CP degree for everything, the best of all that fit.
+
+Source: what Megatron-LM, NeMo and most SFT frameworks offer (`--context-parallel-size` with packed sequences), tuned as
+a careful user would. Packing lengths are unit * 2^k from the first that holds the longest sample up to all ranks; each
+is tried at every CP degree that fits memory and leaves a rank at least unit / 8 tokens (a higher degree needs less
+recompute). Packs are ISF's in random order; the fastest setting by modelled epoch is packed again by best fit on
+shuffled samples, and the better of the two packings wins. Every slot is a barrier: "lockstep".
+
+The widest gang often wins under a cost model without a latency per hop: one pack over all ranks idles nobody. Real
+exchanges of heads for sequence end at the number of heads; `max_degree` sets such a limit.
+
+Simplified: best fit is tried on the best setting only; recompute is what the cost model says is needed.
+"""
+
+from functools import partial
+
+import numpy as np
+
+from benchmarks.peers.common import UNIT, static_degree
+from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.metrics import plan_metrics
+from megatron_hbp.planning.packing import best_fit_shuffled, isf
+from megatron_hbp.planning.plan import DataFingerprint, Plan
+from megatron_hbp.planning.types import Tier
+
+LEAST_SHARE = 8
+"""A rank holds at least unit / LEAST_SHARE tokens: below that kernels are too small for the rates of the model."""
+
+
+def static_cp(
+    lengths: np.ndarray,
+    *,
+    num_ranks: int,
+    step_tokens: int,
+    unit: int = UNIT,
+    cost: CostModel,
+    seed: int = 0,
+    max_degree: int | None = None,
+) -> Plan:
+    """The fastest single setting, by modelled epoch seconds. Raises DataError where nothing fits."""
+    plan_of = partial(packed_plan, lengths, num_ranks=num_ranks, step_tokens=step_tokens, cost=cost, seed=seed)
+    best: tuple[float, Tier, Plan] | None = None
+    length = unit * static_degree(lengths, unit, num_ranks)
+    widest = max(min(max_degree or num_ranks, num_ranks), length // unit)
+    while length <= unit * widest:
+        pack_of = isf(lengths, length, np.random.default_rng(seed))
+        degree = length // unit
+        while degree <= widest and num_ranks % degree == 0 and length // degree >= unit // LEAST_SHARE:
+            tier = cost.with_recompute(Tier(packing_length=length, cp_degree=degree))
+            plan = plan_of(pack_of, tier)
+            seconds = plan_metrics(plan, cost).epoch_seconds
+            if best is None or seconds < best[0]:
+                best = seconds, tier, plan
+            degree *= 2
+        length *= 2
+    assert best is not None, "static_degree divides the ranks"
+    seconds, tier, plan = best
+    pack_of = best_fit_shuffled(lengths, tier.packing_length, np.random.default_rng(seed))
+    other = plan_of(pack_of, tier)
+    return other if plan_metrics(other, cost).epoch_seconds < seconds else plan
+
+
+def packed_plan(
+    lengths: np.ndarray,
+    pack_of: np.ndarray,
+    tier: Tier,
+    *,
+    num_ranks: int,
+    step_tokens: int,
+    cost: CostModel,
+    seed: int,
+) -> Plan:
+    """Packs of one tier in random order, side by side and one slot after the other: a lockstep Plan."""
+    num_packs = int(pack_of.max()) + 1
+    place = np.random.default_rng([seed, 1]).permutation(num_packs)[pack_of]
+    by_pack = np.argsort(place, kind="stable")
+    gangs = num_ranks // tier.cp_degree
+    slots_a_step = max(1, round(step_tokens / (gangs * tier.packing_length)))
+    index = np.arange(num_packs)
+    slot = index // gangs
+    counts = np.bincount(np.arange(int(slot[-1]) + 1) // slots_a_step)
+    plan = Plan(
+        tiers=(tier,),
+        sample_ids=by_pack,
+        lengths=lengths[by_pack].astype(np.int32),
+        pack_offsets=np.concatenate([[0], np.cumsum(np.bincount(place, minlength=num_packs))]),
+        pack_tier=np.zeros(num_packs, np.int32),
+        pack_step=(slot // slots_a_step).astype(np.int32),
+        pack_slot=(slot % slots_a_step).astype(np.int32),
+        pack_rank0=(index % gangs * tier.cp_degree).astype(np.int32),
+        num_micro_batches=counts.astype(np.int32),
+        num_ranks=num_ranks,
+        schedule="lockstep",
+        seed=seed,
+        step_tokens=step_tokens,
+        cost_model=cost.name,
+        data=DataFingerprint.of(lengths),
+    )
+    plan.check()
+    return plan
