@@ -192,7 +192,7 @@ def peer_rows(lengths: np.ndarray) -> Iterator[Row]:
 
 
 def loss_rows(lengths: np.ndarray, default: Plan) -> Iterator[Row]:
-    """30% of the samples have short answers to long prompts."""
+    """30% of the samples have short answers to long prompts; all other figures must stay what they are without."""
     rng = np.random.default_rng(7)
     share = np.where(
         rng.random(len(lengths)) < 0.3, rng.uniform(0.02, 0.1, len(lengths)), rng.uniform(0.5, 1, len(lengths))
@@ -208,8 +208,29 @@ def loss_rows(lengths: np.ndarray, default: Plan) -> Iterator[Row]:
             f"the same, plan blind to them; idle then and now{label}",
             f"{100 * blind:.2f}%; {before:.4%}, {idle:.4%}",
             "same idle",
-            None,
+            idle <= before,
         )
+        if slots == 1:
+            yield from aware_rows(lengths, aware, loss)
+
+
+def aware_rows(lengths: np.ndarray, plan: Plan, loss: np.ndarray) -> Iterator[Row]:
+    """What else must hold of a plan that looks at loss tokens."""
+    found = plan_metrics(plan, LLAMA)
+    yield at_most("with loss tokens: modelled idle", 100 * found.idle, 0.09, 4, "%")
+    yield at_most("with loss tokens: epoch over the lower bound", over_bound(lengths, plan), 1.010)
+    yield at_most("with loss tokens: eta^2", randomness(plan).eta_squared, 0.005)
+    yield at_most("with loss tokens: PR", found.pr, 0.0003, 5)
+    yield at_most("with loss tokens: DBR, N = 32", found.dbr, 0.0005, 5)
+    yield at_most("with loss tokens: CR over forced CR, four tiers", found.cr / found.forced_cr, 1.12)
+    plans = [plan_for(lengths, DEFAULT, seed=seed, loss_tokens=loss) for seed in range(10)]
+    trend = float(np.median([randomness(one).trend for one in plans]))
+    yield at_most("with loss tokens: Spearman(step, mean log-length), median of ten seeds", trend, 0.03)
+    worst = 100 * max(loss_token_variation(one, loss) for one in plans)
+    yield at_most("variation of loss tokens per step, worst of ten seeds", worst, 5, 2, "%")
+    sort = best_seconds(lambda: np.argsort(lengths, kind="stable"))
+    seconds = best_seconds(lambda: plan_for(lengths, DEFAULT, loss_tokens=loss))
+    yield at_most("with loss tokens: planning over a stable argsort", seconds / sort, 8, 2, "x")
 
 
 def online_rows(lengths: np.ndarray) -> Iterator[Row]:

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.progress import track
 
 from megatron_hbp.errors import ConfigError
@@ -182,7 +181,6 @@ def compare(
     found = list(track(compare_all(values, request, planners), total=len(planners), description="planning"))
     bound = lower_bound(values, model, ranks, settings=model.recompute_layers or _settings(request))
     console = wide_console()
-    console = console if console.is_terminal else Console(width=160)
     console.print(comparison_table(found, bound))
     console.print(f"{len(values):,} samples, {values.sum():,} tokens; seconds as modelled by {model.name}")
     if picture:

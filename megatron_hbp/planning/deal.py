@@ -80,7 +80,7 @@ def deal(
         pack_of[grouped] = num_long + levelled
     free = np.concatenate([room.tokens, np.full(num_packs, capacity)])
     absorbed = target_of >= num_long + len(sizes)
-    _top_up(pack_of, lengths, free, ~absorbed)
+    top_up(pack_of, lengths, free, ~absorbed)
     result = np.empty(len(lengths), np.int64)
     result[order] = pack_of
     return result
@@ -202,7 +202,7 @@ def _level_block(seeds: np.ndarray, lengths: np.ndarray, group: np.ndarray, size
     return pack_of[:-1]
 
 
-def _top_up(pack_of: np.ndarray, lengths: np.ndarray, free: np.ndarray, may_fill: np.ndarray) -> None:
+def top_up(pack_of: np.ndarray, lengths: np.ndarray, free: np.ndarray, may_fill: np.ndarray) -> None:
     """Take out of overfull packs what is too much, shortest first, then fill all room; changes `pack_of` [n] in place.
 
     `free` int64 [packs] is the room before anything dealt; `may_fill` bool [n] says which samples without a pack may be

@@ -57,12 +57,9 @@ def place_lockstep(
     tiers = request.tiers
     widths = np.array([tier.cp_degree for tier in tiers])[packs.pack_tier]
     local = np.array([tier.local_tokens for tier in tiers])[packs.pack_tier]
-    pack_loss = None
-    if occurrences.loss_tokens is not None:
-        pack_loss = np.bincount(packs.pack_of, occurrences.loss_tokens, len(widths))
     if balanced:
         seconds = pack_seconds(packs, occurrences.lengths, request)
-        slot_of, rank0 = balanced_slots(seconds, widths, request.num_ranks, pack_loss)
+        slot_of, rank0 = balanced_slots(seconds, widths, request.num_ranks)
     else:
         slot_of, rank0 = random_slots(widths, request.num_ranks, rng)
     num_slots = int(slot_of.max()) + 1
@@ -74,7 +71,6 @@ def place_lockstep(
         slot_width,
         request.step_tokens,
         rng,
-        slot_loss=None if pack_loss is None else np.bincount(slot_of, pack_loss),
         num_first_steps=request.curriculum_steps,
         multiple=request.slot_multiple,
     )

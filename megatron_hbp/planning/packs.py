@@ -56,7 +56,7 @@ def balanced_packs(lengths: np.ndarray, tiers: tuple[Tier, ...], num_ranks: int,
     left = short[dealt < 0]
     pack_of[short] = dealt
     num_packs = num_long + num_full
-    pack_of[left] = num_packs + _spread(lengths[left], capacity, num_last)
+    pack_of[left] = num_packs + spread(lengths[left], capacity, num_last)
 
     used = np.bincount(pack_of) > 0
     tier_of = np.concatenate([pack_tier, np.zeros(len(used) - num_long, np.int64)])
@@ -156,7 +156,7 @@ def _room(lengths: np.ndarray, excess: np.ndarray, pack_of: np.ndarray, capacity
     return Room(tokens=capacity - used, excess=inside)
 
 
-def _spread(lengths: np.ndarray, capacity: int, num_packs: int) -> np.ndarray:
+def spread(lengths: np.ndarray, capacity: int, num_packs: int) -> np.ndarray:
     """Longest first into the emptiest of `num_packs` packs, what fits none into packs of its own: pack_of [n]."""
     pack_of = np.full(len(lengths), -1, np.int64)
     loads = [(0, pack) for pack in range(num_packs)]

@@ -11,6 +11,7 @@ from megatron_hbp.planning.layout import Occurrences, Request, place_lockstep, w
 from megatron_hbp.planning.packing import PackingMethod, isf
 from megatron_hbp.planning.packs import balanced_packs, filled_packs
 from megatron_hbp.planning.plan import DataFingerprint, Plan
+from megatron_hbp.planning.supervision import even_out
 from megatron_hbp.planning.types import Tier, check_tiers
 
 Overlong = Literal["error", "drop", "truncate"]
@@ -64,6 +65,7 @@ def make_plan(
     else:
         packs = balanced_packs(occurrences.lengths, tiers, num_ranks, rng)
         placement = place_lockstep(packs, occurrences, request, rng)
+    packs = even_out(packs, occurrences, placement, request)
     return write_plan(packs, occurrences, placement, request, counts)
 
 
@@ -162,5 +164,7 @@ def settle(
     if not len(ids):
         raise DataError(f"nothing is left to plan: no sample occurs that is at most {limit} tokens; add a longer tier")
     # Truncation may cut supervised tokens; without the masks the share that stays is the best guess.
-    loss = None if loss_tokens is None else np.asarray(loss_tokens)[ids] * used // lengths[ids]
+    loss = None if loss_tokens is None else np.asarray(loss_tokens, np.int64)[ids]
+    if loss is not None and counts["truncated"]:
+        loss = loss * used // lengths[ids]
     return Occurrences(ids=ids, lengths=used, loss_tokens=loss), counts

@@ -7,20 +7,14 @@ side by side: sort packs by modelled time, cut the sorted list into slots, then 
 import numpy as np
 
 
-def balanced_slots(
-    seconds: np.ndarray, cp_degrees: np.ndarray, num_ranks: int, loss: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def balanced_slots(seconds: np.ndarray, cp_degrees: np.ndarray, num_ranks: int) -> tuple[np.ndarray, np.ndarray]:
     """Put packs of like cost side by side: (slot, rank0), both int64 [packs].
 
     `seconds` [packs] is the modelled time, `cp_degrees` int64 [packs] the width. Packs are taken from the costliest
     down; each goes to the first open slot with an aligned free gang, so that a hole left by wide packs is filled by the
-    next narrower ones. With `loss` [packs], supervised tokens on a rank, packs of nearly equal cost are first put in
-    an order that gives slots equal sums of it.
+    next narrower ones.
     """
-    order = np.lexsort((-cp_degrees, -seconds))
-    if loss is not None:
-        order = even_out(order, seconds, loss, cp_degrees, num_ranks)
-    return _fill_slots(order, cp_degrees, num_ranks)
+    return _fill_slots(np.lexsort((-cp_degrees, -seconds)), cp_degrees, num_ranks)
 
 
 def random_slots(cp_degrees: np.ndarray, num_ranks: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -73,53 +67,22 @@ def _free_gang(free: np.ndarray, width: int) -> int:
     return first * width if gangs[first] else -1
 
 
-WINDOW_SLOTS, WINDOW_SPREAD = 16, 2e-4
-"""Packs are exchanged among this many slots at most, and only where their times differ by less than this share."""
-
-
-def even_out(
-    order: np.ndarray, seconds: np.ndarray, loss: np.ndarray, cp_degrees: np.ndarray, num_ranks: int
-) -> np.ndarray:
-    """Reorder packs of one width and like time so that slots get equal loss tokens: order int64 [packs].
-
-    In a window of whole slots, the packs with most loss tokens are dealt to slots back and forth.
-    """
-    order = order.copy()
-    ends = _run_ends(cp_degrees[order])
-    position = 0
-    while position < len(order):
-        gangs = num_ranks // int(cp_degrees[order[position]])
-        alike = seconds[order[position : ends[position]]] >= seconds[order[position]] * (1 - WINDOW_SPREAD)
-        slots = min(int(alike.argmin() if not alike.all() else len(alike)) // gangs, WINDOW_SLOTS)
-        size = slots * gangs
-        if gangs > 1 and slots > 1:
-            window = order[position : position + size]
-            ranked = window[np.argsort(-loss[window], kind="stable")].reshape(gangs, slots)
-            ranked[1::2] = ranked[1::2, ::-1]
-            order[position : position + size] = ranked.T.reshape(-1)
-        position += max(size, gangs)
-    return order
-
-
 def steps_of_slots(
     slot_tokens: np.ndarray,
     slot_width: np.ndarray,
     step_tokens: int,
     rng: np.random.Generator,
     *,
-    slot_loss: np.ndarray | None = None,
     num_first_steps: int = 0,
     multiple: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shuffle slots and cut them into steps of about `step_tokens`: (step, slot in the step), both int64 [slots].
 
     `slot_tokens` int64 [slots] are token slots. Slots of each `slot_width` (largest CP degree, int64 [slots]) are
-    spread evenly over the epoch, each class in an order of its own; with `slot_loss` [slots], supervised tokens, so
-    that steps get equal sums of it. The first `num_first_steps` steps use the least
+    spread evenly over the epoch, each class in an order of its own. The first `num_first_steps` steps use the least
     width only (curriculum). Steps get whole blocks of `multiple` slots.
     """
-    num_steps = max(1, round(int(slot_tokens.sum()) / step_tokens))
-    order = np.argsort(_even_times(slot_width, rng, slot_loss, num_steps), kind="stable")
+    order = np.argsort(_even_times(slot_width, rng), kind="stable")
     if num_first_steps:
         narrow = order[slot_width[order] == slot_width.min()]
         prefix = narrow[np.cumsum(slot_tokens[narrow]) <= num_first_steps * step_tokens + slot_tokens[narrow] // 2]
@@ -138,19 +101,10 @@ def steps_of_slots(
     return step, slot
 
 
-def _even_times(classes: np.ndarray, rng: np.random.Generator, loss: np.ndarray | None, num_steps: int) -> np.ndarray:
-    """A time in [0, 1) for each slot [n] such that each class is spread evenly and in random order.
-
-    With `loss`, slots of a class are dealt to `num_steps` parts of the epoch back and forth, those with most first.
-    """
+def _even_times(classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A time in [0, 1) for each slot [n] such that each class is spread evenly and in random order."""
     times = np.empty(len(classes))
     for value in np.unique(classes):
         members = rng.permutation(np.flatnonzero(classes == value))
-        rows = len(members) // num_steps if loss is not None else 0
-        if loss is not None and rows > 1:
-            dealt, members = members[: rows * num_steps], members[rows * num_steps :]
-            ranked = dealt[np.argsort(-loss[dealt], kind="stable")].reshape(rows, num_steps)
-            ranked[1::2] = ranked[1::2, ::-1]
-            times[ranked] = (rng.permutation(num_steps) + rng.random(ranked.shape)) / num_steps
-        times[members] = (np.arange(len(members)) + rng.random(len(members))) / max(len(members), 1)
+        times[members] = (np.arange(len(members)) + rng.random(len(members))) / len(members)
     return times

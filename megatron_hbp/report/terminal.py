@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-PLAIN_WIDTH = 132
+PLAIN_WIDTH = 160
 """Columns where the output is no terminal: rich would take 80, and cut the tables."""
 
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import planning_cases
 
 from megatron_hbp.planning import make_plan
@@ -22,6 +23,18 @@ def test_every_sample_once_and_no_pack_too_full(case):
     assert sorted(plan.sample_ids.tolist()) == list(range(len(case["lengths"])))
     np.testing.assert_array_equal(plan.lengths, case["lengths"][plan.sample_ids])
     assert (plan.pack_tokens <= plan.pack_capacity).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(planning_cases(), st.sampled_from([1, 3, 20]))
+def test_loss_tokens_move_samples_but_no_packs(case, one_in):
+    lengths = case["lengths"]
+    blind, aware = make_plan(**case), make_plan(**case, loss_tokens=np.maximum(1, lengths // (1 + lengths % one_in)))
+    aware.check()
+    assert sorted(aware.sample_ids.tolist()) == list(range(len(lengths)))
+    assert (aware.pack_tokens <= aware.pack_capacity).all()
+    for column in ("pack_tier", "pack_step", "pack_slot", "pack_rank0", "num_micro_batches"):
+        np.testing.assert_array_equal(getattr(aware, column), getattr(blind, column))
 
 
 @settings(max_examples=300, deadline=None)

@@ -140,12 +140,56 @@ def test_repeats_are_planned_as_often_as_asked():
 def test_loss_tokens_even_out():
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 900, 20000)
-    loss = np.where(rng.random(20000) < 0.3, lengths // 20 + 1, lengths)
+    loss = few_for_some(lengths)
     tiers = parse_tiers("16384:cp1")
     blind = plan_of(lengths, tiers=tiers, ranks=4, step_tokens=65536)
     aware = plan_of(lengths, tiers=tiers, ranks=4, step_tokens=65536, loss_tokens=loss)
+    full = np.bincount(aware.pack_step, aware.pack_tokens) > 60000  # one step of 140 is what is left
+    assert loss_per_step(aware, loss)[full].std() < 0.4 * loss_per_step(blind, loss)[full].std()
     assert loss_token_variation(aware, loss) < 0.85 * loss_token_variation(blind, loss)
-    assert plan_metrics(aware, COST).idle < plan_metrics(blind, COST).idle + 0.002
+    assert plan_metrics(aware, COST) == plan_metrics(blind, COST)  # equals traded places
+    for step in range(aware.num_steps):
+        np.testing.assert_array_equal(lengths_of_step(aware, step), lengths_of_step(blind, step))
+
+
+def lengths_of_step(plan, step):
+    return np.sort(plan.lengths[np.repeat(plan.pack_step, np.diff(plan.pack_offsets)) == step])
+
+
+def few_for_some(lengths):
+    """Loss tokens: three samples in ten are short answers to long prompts."""
+    few = np.random.default_rng(7).random(len(lengths)) < 0.3
+    return np.where(few, lengths // 20 + 1, lengths)
+
+
+def test_loss_tokens_even_out_where_few_long_samples_make_a_step():
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([generate("mix", num_samples=30_000), rng.integers(16385, 131073, 800)])
+    loss = few_for_some(lengths)
+    tiers = tuple(COST.with_recompute(t) for t in parse_tiers("16384:cp1,32768:cp2,65536:cp4,131072:cp8"))
+    options = {"tiers": tiers, "ranks": 32, "step_tokens": 524288}
+    blind, aware = plan_of(lengths, **options), plan_of(lengths, **options, loss_tokens=loss)
+    assert sorted(aware.sample_ids.tolist()) == list(range(len(lengths)))
+    wide_steps = np.unique(blind.pack_step[blind.pack_cp == 8])
+    variations = [loss_per_step(plan, loss)[wide_steps].std() for plan in (blind, aware)]
+    assert variations[1] < 0.7 * variations[0]
+    before, after = plan_metrics(blind, COST), plan_metrics(aware, COST)
+    assert after.idle < before.idle + 1e-3
+    assert after.pr < before.pr + 1e-4 and after.cr < 1.01 * before.cr
+    assert abs(randomness(aware).eta_squared) < 0.01
+
+
+def loss_per_step(plan, loss):
+    steps = np.repeat(plan.pack_step, np.diff(plan.pack_offsets))
+    return np.bincount(steps, loss[plan.sample_ids], plan.num_steps)
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "gang"])
+@pytest.mark.parametrize("lengths", ADVERSARIAL.values(), ids=ADVERSARIAL.keys())
+def test_adversarial_data_with_loss_tokens_loses_nothing(lengths, schedule):
+    loss = few_for_some(np.array(lengths))
+    plan = plan_of(lengths, schedule=schedule, loss_tokens=loss)
+    assert sorted(plan.sample_ids.tolist()) == list(range(len(lengths)))
 
 
 def test_same_hash_from_fresh_processes_under_three_hash_seeds():

@@ -1,7 +1,8 @@
 """Runs in a process of its own, without CUDA: every patch of the platform layer, asked for what Megatron-LM asks for.
 
-One function a patch, of the same name (or `case_of` several). Each runs twice: before `cpu.apply()`, where it must fail (else the patch is no
-longer needed), and after it, where it must pass. Prints {name: {"before": error or "", "after": error or ""}}.
+One function a patch, of the same name (or `case_of` several). Each runs twice: before `cpu.apply()`, where it must fail
+(else the patch is no longer needed), and after it, where it must pass. Prints {name: {"before": error or "", "after":
+error or ""}}.
 """
 
 import json
