@@ -1,0 +1,270 @@
+"""Runs on 4 gloo ranks: ten optimizer steps of packs at CP 1, 2, 4 and mixed against Hugging Face, each sample alone.
+
+The judge is `transformers`' own LlamaForCausalLM and DeepseekV3ForCausalLM with eager attention. DeepSeek-V3, not V2:
+transformers' V2 leaves out YaRN's softmax factor and its group-limited routing may crash, while V3's code is whole. The
+parity traps are settled by the config: plain rotary (no YaRN), one group of experts, `q_lora_rank` set, zero correction
+bias, scores by sigmoid normalised over the chosen experts, and epsilon 1e-6 everywhere (V3 takes that one for its
+latents whatever its config says).
+
+Both code bases cast to fp32 by name, whatever the dtype of the model. In the fp64 cases `lifted` lifts these casts:
+Hugging Face's in RMSNorm, in the softmax of eager attention and in the router; Megatron-LM's in the router's scores.
+The rotary tables stay fp32 on both sides and are equal to the bit. Each step has 128 supervised tokens, so that
+Megatron-LM's 1 / num_tokens, which it takes in fp32, is exact.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_hbp.platform import cpu
+
+cpu.apply()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
+
+from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
+from megatron_hbp.planning.types import Tier  # noqa: E402
+from megatron_hbp.training import feed, forward  # noqa: E402
+from tests.equivalence.models import VOCABULARY  # noqa: E402
+from tests.equivalence.optimizer import build  # noqa: E402
+from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
+
+STEPS, SUPERVISED = 10, 128
+WORDS = 12
+"""Only these appear in the samples: something to learn in ten steps."""
+LENGTHS = [1, 40, 17, 23, 5, 60, 33, 9]
+ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+TIERS = (Tier(packing_length=128), Tier(packing_length=256, cp_degree=2), Tier(packing_length=256, cp_degree=4))
+# name -> (slot, rank0, tier, samples of the step)
+PACKS = {
+    "cp 1": [(0, 0, 0, [0, 1]), (0, 1, 0, [2, 3]), (0, 2, 0, [4, 5]), (0, 3, 0, [6, 7])],
+    "cp 2": [(0, 0, 1, [1, 0, 3, 5]), (0, 2, 1, [2, 4, 6, 7])],
+    "cp 4": [(0, 0, 2, [7, 0, 1, 2, 3, 4, 5, 6])],
+    "cp 1, 2, 4": [(0, 0, 2, [5, 1, 0]), (1, 0, 1, [2, 6]), (1, 2, 0, [3, 4]), (1, 3, 0, [7])],
+}
+CASES = [("llama", torch.float32), ("llama", torch.float64), ("deepseek", torch.float32), ("deepseek", torch.float64)]
+
+
+def main(result_path: str) -> None:
+    """Write {case: {"losses": ours, "judge": theirs}}."""
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    parallel_state.initialize_model_parallel()
+    groups = CpGroups.create((2, 4), parallel_state.get_data_parallel_group(), timedelta(minutes=1))
+    store = store_of_steps()
+    judged: list[Any] = [None] * len(CASES)
+    dist.all_gather_object(judged, judge(*CASES[dist.get_rank()], store))  # each rank runs one of the four
+    results = {}
+    for (kind, dtype), theirs in zip(CASES, judged, strict=True):
+        with lifted() if dtype == torch.float64 else contextlib.nullcontext():
+            for name in PACKS:
+                ours = train(kind, dtype, store, groups, PACKS[name])
+                results[f"{kind} {str(dtype)[6:]} {name}"] = {"losses": ours, "judge": theirs}
+    ours = train("deepseek", torch.float64, store, groups, PACKS["cp 1, 2, 4"])
+    results["deepseek float64, router scores in fp32"] = {"losses": ours, "judge": judged[-1]}
+    if dist.get_rank() == 0:
+        Path(result_path).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def store_of_steps() -> MemoryStore:
+    """Eight samples a step, shuffled anew, of which exactly 128 tokens are to be predicted."""
+    rng = np.random.default_rng(11)
+    samples = []
+    for _ in range(STEPS):
+        lengths = [int(n) for n in LENGTHS]
+        masks = [np.zeros(n, np.uint8) for n in lengths]
+        places = [(i, j) for i, n in enumerate(lengths) for j in range(1, n)]
+        for index in rng.choice(len(places), SUPERVISED, replace=False):
+            i, j = places[index]
+            masks[i][j] = 1
+        samples += [(rng.integers(0, WORDS, n).astype(np.int64), m) for n, m in zip(lengths, masks, strict=True)]
+    return MemoryStore(samples=samples)
+
+
+# ---------------------------------------------------------------- the judge
+
+
+class _WideTorch:
+    """The torch module, whose float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def lifted() -> Iterator[None]:
+    """Keep fp64 where the sources name fp32."""
+    to_float = torch.Tensor.float
+
+    def keep(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if self.dtype == torch.float64 else to_float(self, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for module in (modeling_llama, modeling_deepseek_v3, moe_utils):
+            stack.enter_context(mock.patch.object(module, "torch", _WideTorch()))
+        stack.enter_context(mock.patch.object(torch.Tensor, "float", keep))
+        yield
+
+
+def hugging_face(kind: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The tiny reference model; the same weights in every process and dtype."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "tie_word_embeddings": False, "attn_implementation": "eager",
+        "initializer_range": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }  # fmt: skip
+    torch.manual_seed(5)
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=2, rms_norm_eps=1e-5))
+    else:
+        config = DeepseekV3Config(
+            **common, num_key_value_heads=8, rms_norm_eps=1e-6, moe_intermediate_size=16, n_routed_experts=8,
+            n_shared_experts=2, num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1,
+            norm_topk_prob=True, routed_scaling_factor=2.5, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
+            qk_rope_head_dim=4, v_head_dim=8, rope_interleave=True, experts_implementation="eager",
+        )  # fmt: skip
+        model = DeepseekV3ForCausalLM(config)
+    return model.to(dtype).train()
+
+
+def judge(kind: str, dtype: torch.dtype, store: MemoryStore) -> list[float]:
+    """Losses of ten steps, every sample alone."""
+    model = hugging_face(kind, dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
+    losses = []
+    with lifted() if dtype == torch.float64 else contextlib.nullcontext():
+        for step in range(STEPS):
+            total = 0.0
+            for tokens, mask in store.samples[step * len(LENGTHS) : (step + 1) * len(LENGTHS)]:
+                rows = torch.from_numpy(np.flatnonzero(mask[1:]))
+                ids = torch.from_numpy(tokens)
+                logits = model(ids[None], use_cache=False).logits[0]
+                loss = torch.nn.functional.cross_entropy(logits[rows], ids[rows + 1], reduction="sum") / SUPERVISED
+                loss.backward()
+                total += loss.item()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(total)
+    return losses
+
+
+# ---------------------------------------------------------------- ours
+
+
+def train(kind: str, dtype: torch.dtype, store: MemoryStore, groups: CpGroups, packs: list) -> list[float]:
+    """Losses of ten steps of packs from the same weights."""
+    chunks = megatron(kind, dtype)
+    load(chunks[0].module, hugging_face(kind, dtype).state_dict())
+    parameters = list(chunks[0].parameters())
+    optimizer = torch.optim.AdamW(parameters, **ADAM)
+    of_step = [
+        (step, slot, rank0, tier, [step * len(LENGTHS) + i for i in samples])
+        for step in range(STEPS)
+        for slot, rank0, tier, samples in packs
+    ]
+    plan = plan_of(of_step, tiers=TIERS, lengths=store.lengths, num_ranks=4)
+    batches = feed.Feed(
+        plan=plan, store=store, groups=groups, rank=dist.get_rank(), unit=1, full_length=False,  # type: ignore[arg-type]
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    sums: list[torch.Tensor] = []
+
+    def forward_step(batches: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        output, loss_sum = forward.make_forward_step()(batches, model)
+        sums.append(output.detach().sum())  # loss_sum's own report is fp32
+        return output, loss_sum
+
+    losses = []
+    for step in range(STEPS):
+        chunks[0].zero_grad_buffer()
+        get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=batches, model=chunks,
+            num_microbatches=int(plan.num_micro_batches[step]), seq_length=256, micro_batch_size=1, forward_only=False,
+        )  # fmt: skip
+        for parameter in parameters:
+            parameter.grad = parameter.main_grad.clone()
+        optimizer.step()
+        optimizer.zero_grad()  # Megatron-LM's hook would add what .grad still holds to the next main_grad
+        total = torch.stack(sums).sum().double()
+        dist.all_reduce(total)
+        losses.append(total.item() / SUPERVISED)
+        sums.clear()
+    return losses
+
+
+def megatron(kind: str, dtype: torch.dtype) -> list:
+    """Our model of the same architecture."""
+    changes: dict[str, Any] = {}
+    if kind == "deepseek":
+        changes = {
+            "layernorm_epsilon": 1e-6, "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False,
+            "moe_router_topk_scaling_factor": 2.5,
+        }  # fmt: skip
+    return build("dense" if kind == "llama" else "moe", dtype, **changes)
+
+
+def load(model: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> None:
+    """Copy Hugging Face's weights; every parameter of ours is set, every one of theirs is used."""
+    left = dict(theirs)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(_weight_of(name, model.config, left).reshape(parameter.shape))
+    unused = {name for name in left if not name.endswith("e_score_correction_bias")}
+    assert not unused, unused
+
+
+PLAIN = {
+    "input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm",
+    "self_attention.linear_proj": "self_attn.o_proj", "mlp.linear_fc2": "mlp.down_proj", "mlp.router": "mlp.gate",
+    "mlp.shared_experts.linear_fc2": "mlp.shared_experts.down_proj",
+    "self_attention.linear_q_down_proj": "self_attn.q_a_proj", "self_attention.linear_q_up_proj": "self_attn.q_b_proj",
+    "self_attention.linear_kv_down_proj": "self_attn.kv_a_proj_with_mqa",
+    "self_attention.linear_kv_up_proj": "self_attn.kv_b_proj",
+    "self_attention.q_layernorm": "self_attn.q_a_layernorm", "self_attention.kv_layernorm": "self_attn.kv_a_layernorm",
+}  # fmt: skip
+
+
+def _weight_of(name: str, config: Any, theirs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The weight that Megatron-LM calls `name`; what is taken whole leaves `theirs`."""
+    top = {
+        "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+        "decoder.final_layernorm.weight": "model.norm.weight",
+        "output_layer.weight": "lm_head.weight",
+    }
+    if name in top:
+        return theirs.pop(top[name])
+    layer, part = name.removeprefix("decoder.layers.").removesuffix(".weight").split(".", 1)
+    prefix = f"model.layers.{layer}."
+    if part in PLAIN:
+        return theirs.pop(f"{prefix}{PLAIN[part]}.weight")
+    if part == "self_attention.linear_qkv":  # by group: its query heads, its key head, its value head
+        groups, hidden = config.num_query_groups, config.hidden_size
+        qkv = [theirs.pop(f"{prefix}self_attn.{x}_proj.weight").view(groups, -1, hidden) for x in "qkv"]
+        return torch.cat(qkv, dim=1)
+    if part.startswith("mlp.experts.local_experts."):
+        expert, matrix = part.removeprefix("mlp.experts.local_experts.").split(".")
+        stacked = f"{prefix}mlp.experts.{'gate_up_proj' if matrix == 'linear_fc1' else 'down_proj'}"
+        last = int(expert) == config.num_moe_experts - 1
+        return (theirs.pop(stacked) if last else theirs[stacked])[int(expert)]
+    assert part.endswith("linear_fc1"), name
+    where = prefix + part.removesuffix("linear_fc1")
+    return torch.cat([theirs.pop(f"{where}{x}_proj.weight") for x in ("gate", "up")])
+
+
+if __name__ == "__main__":
+    main(sys.argv[-1])
