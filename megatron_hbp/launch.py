@@ -16,9 +16,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 def main(argv: list[str] | None = None) -> int:
     """Launch the workers and return the exit code."""
+    outer = os.environ.get("HBP_EXIT_CODE_FILE")
     with tempfile.TemporaryDirectory() as folder:
-        code_file = Path(os.environ.setdefault("HBP_EXIT_CODE_FILE", str(Path(folder) / "code")))
+        code_file = Path(outer or Path(folder) / "code")
         code_file.unlink(missing_ok=True)
+        os.environ["HBP_EXIT_CODE_FILE"] = str(code_file)
         # it would add its own report of the dead worker to the worker's one line
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
         try:
@@ -28,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
                 return int(code_file.read_text())
             print(f"launch: {error}", file=sys.stderr)
             return 70
+        finally:
+            if outer is None:
+                del os.environ["HBP_EXIT_CODE_FILE"]
     return 0
 
 

@@ -40,10 +40,11 @@ def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | Non
     nominal count stays constant there, and the plan's count for the step at hand goes to the schedule.
     """
 
+    evaluations = 0  # goes on from one evaluation to the next, as the feed of the held-out plan does
+
     @functools.wraps(get_schedule)
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable:
         schedule = get_schedule(*args, **kwargs)
-        evaluations = 0
 
         @functools.wraps(schedule)
         def forward_backward(*, model: Any, num_microbatches: int, forward_only: bool = False, **rest: Any) -> Any:
@@ -71,7 +72,9 @@ _switches: dict[int, RecomputeSwitch] = {}
 
 def _switch_of(chunks: list[Any]) -> RecomputeSwitch:
     """The recompute switch of a model, made at its first step."""
-    return _switches.setdefault(id(chunks[0]), RecomputeSwitch(chunks))
+    if id(chunks[0]) not in _switches:
+        _switches[id(chunks[0])] = RecomputeSwitch(chunks)
+    return _switches[id(chunks[0])]
 
 
 def _logging(training_log: Callable, metrics: RunMetrics) -> Callable:
