@@ -5,8 +5,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-pytest.importorskip("highspy")
-
 from benchmarks.peers.default_dynamic import default_dynamic
 from benchmarks.peers.differencing import karmarkar_karp
 from benchmarks.peers.flexsp import buckets, cut_points

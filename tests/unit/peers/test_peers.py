@@ -5,8 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 
-pytest.importorskip("highspy")
-
 from benchmarks.peers.balanced_cp import balanced_cp
 from benchmarks.peers.common import least_degree, random_steps, static_degree
 from benchmarks.peers.default_dynamic import default_dynamic, micro_batch
