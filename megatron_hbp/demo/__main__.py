@@ -28,7 +28,7 @@ from megatron_hbp.report.terminal import wide_console
 
 TIERS = "1024:cp1,8192:cp4:full1"
 NUM_RANKS = 4
-STEP_TOKENS = 12_288
+STEP_TOKENS = 8_192
 WIDE = 16
 """Ranks that hold N = 4 packs of 8K side by side, the paper's grouping; four ranks hold one, and nothing to balance."""
 
