@@ -26,7 +26,7 @@ def run(argv: list[str]) -> None:
     Raises:
         HbpError: any mistake in flags, plan or store, before a process group exists where that is possible.
     """
-    from megatron_hbp.training.options import HbpOptions, add_hbp_arguments, check_together, implied_flags
+    from megatron_hbp.training.options import HbpOptions, add_hbp_arguments, check_together, describe, implied_flags
 
     options = HbpOptions.from_argv(argv)
     flags = implied_flags(options) if options.train is not None else []
@@ -60,6 +60,8 @@ def run(argv: list[str]) -> None:
     from megatron_hbp.training.metrics import RunMetrics
 
     check_together(args, options)
+    if args.rank == 0:
+        print(f"> hbp: {describe(options)}", flush=True)
     args.hbp_plan_hash = options.train.plan.hash
     install_context_capture()
     metrics = RunMetrics(options.train.plan, options.metrics)
