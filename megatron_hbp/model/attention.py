@@ -13,7 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import context as micro_batch
-from megatron_hbp.model import exchange, kernels
+from megatron_hbp.model import kernels
+from megatron_hbp.model.exchange import heads, keys
+
+EXCHANGES = {"a2a": heads.shared_attention, "all_gather": keys.shared_attention}
 
 
 class PackedCoreAttention(MegatronModule):
@@ -58,11 +61,24 @@ class PackedCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """[s, 1, h, d], [s, 1, k, d], [s, 1, k, dv] -> [s, 1, h * dv]."""
         context = micro_batch.current()
+        split = context.split
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        kernel = kernels.choose(q.device, q.dtype)
-        if context.cp_group is None:
-            out = kernel(q, k, v, context, self.softmax_scale)
-        else:
-            q, k, v = exchange.sequence_to_heads(q, k, v, context.cp_group)
-            out = exchange.heads_to_sequence(kernel(q, k, v, context, self.softmax_scale), context.cp_group)
-        return out.reshape(out.shape[0], 1, -1)
+        kernel = kernels.choose(context.kernel, q.device, q.dtype)
+
+        parts = []
+        if split.home is not None:
+            q_home, k_home, v_home = (_rows(x, split.home_at) for x in (q, k, v))
+            parts.append(kernel(q_home, k_home, v_home, split.home, self.softmax_scale))
+        if split.shared is not None:
+            assert context.cp_group is not None
+            q_here, k_here, v_here = (_rows(x, split.shared_at) for x in (q, k, v))
+            shared_attention = EXCHANGES[context.exchange]
+            parts.append(
+                shared_attention(q_here, k_here, v_here, split.shared, context.cp_group, kernel, self.softmax_scale)
+            )
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return _rows(out, split.back).reshape(out.shape[0], 1, -1)
+
+
+def _rows(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    return x if at is None else x.index_select(0, at)

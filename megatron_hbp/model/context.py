@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.model.split import Split
+from megatron_hbp.planning.exchange import Exchange
+from megatron_hbp.planning.types import Auto, Kernel, Recompute
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,12 +32,14 @@ class MicroBatchContext:
     cp_degree: int
     position_ids: torch.Tensor
     """int64 [s]: position of each local token inside its own sample."""
-    cu_seqlens: torch.Tensor
-    """int32: where the samples of the whole pack start, then pieces of padding; the last entry is t."""
     max_seqlen: int
     """Tokens of the longest sample."""
-    segments: tuple[int, ...]
-    """`cu_seqlens` on the host, for kernels that loop."""
+    exchange: Exchange
+    """What the ranks of the group exchange in attention; of no meaning at CP degree 1."""
+    kernel: Kernel | Auto
+    """Which attention kernel runs."""
+    split: Split
+    """Whose attention is computed where."""
     is_real: torch.Tensor
     """bool [s]: False for padding."""
     sample_index: torch.Tensor

@@ -5,7 +5,7 @@ of layers whose forward runs again in the backward pass (recompute). Per rank:
 
     linear     T / c * linear_flops * (3 + rho) / 3 / linear_rate       GEMMs: forward 1, backward 2, recompute rho
     attention  S / c * attention_flops * (3.5 + rho) / attention_rate   causal: forward 1, backward 2.5, recompute rho
-    exchange   T / c * L * exchange_bytes * (2 + rho) * (c - 1) / c / bandwidth(c)       heads for sequence, exposed
+    exchange   T / c * L * 2 e * (2 + rho) / bandwidth(c)               e elements a token (planning/exchange.py)
     fixed      micro_batch_seconds                                      parameter gathers, launches
 
 The constants of the presets were fitted by hand to tables 4, 18 and 19 of the paper (arXiv 2503.07680); profile your
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.exchange import AUTO, AttentionShape, Machine, elements, extra_flops
 from megatron_hbp.planning.types import Recompute, Tier
 
 
@@ -44,8 +45,8 @@ class CostModel:
     """FLOPs a token in all GEMMs, forward and backward."""
     attention_flops: float
     """FLOPs of the forward of causal attention, per squared token, all layers."""
-    exchange_bytes: float
-    """Bytes a token and layer in the forward's exchange (q, k, v and output)."""
+    attention: AttentionShape | None
+    """Heads and widths of a layer, which the exchange is priced by; None: exchanges cost nothing."""
     linear_rate: float
     """FLOP/s reached in GEMMs."""
     attention_rate: float
@@ -60,6 +61,8 @@ class CostModel:
     """Seconds that every step costs beside its micro-batches."""
     node_size: int = 8
     """Ranks in a node."""
+    tensor_parallel: int = 1
+    """Devices that count as one rank; rates and bandwidths are those of all of them."""
     max_cp_degree: int = 128
     """Heads: the exchange hands whole heads to ranks."""
     recompute_layers: tuple[tuple[int, int], ...] = ()
@@ -69,8 +72,7 @@ class CostModel:
         """Coefficients of `tier`."""
         cp_degree = tier.cp_degree
         linear, attention = self._recomputed_shares(tier.recompute)
-        bandwidth = self.node_bandwidth if cp_degree <= self.node_size else self.cluster_bandwidth
-        exchange = self.num_layers * self.exchange_bytes * (2 + attention) * (cp_degree - 1) / cp_degree / bandwidth
+        exchange = self.num_layers * self._exchange_seconds(tier) * (2 + attention)
         return TierCost(
             fixed=self.micro_batch_seconds,
             per_token=(self.linear_flops * (3 + linear) / 3 / self.linear_rate + exchange) / cp_degree,
@@ -99,6 +101,27 @@ class CostModel:
             f"(at most {limit}); raise the CP degree, or name the recompute yourself (:fullN)"
         )
 
+    @property
+    def machine(self) -> Machine:
+        """The speeds that exchanges are priced with."""
+        return Machine(
+            node_size=self.node_size,
+            node_bandwidth=self.node_bandwidth,
+            cluster_bandwidth=self.cluster_bandwidth,
+            linear_rate=self.linear_rate,
+            attention_rate=self.attention_rate,
+        )
+
+    def _exchange_seconds(self, tier: Tier) -> float:
+        """Seconds a local token in the forward of one layer, nothing hidden under attention."""
+        if self.attention is None or tier.cp_degree == 1:
+            return 0.0
+        kind = "a2a" if tier.exchange == AUTO else tier.exchange
+        shape, c = self.attention.on_tensor_parallel_rank(self.tensor_parallel), tier.cp_degree
+        received = 2.0 * self.tensor_parallel * elements(kind, shape, c)
+        extra = self.tensor_parallel * extra_flops(kind, shape, c)
+        return received / self.machine.bandwidth(c) + extra / self.linear_rate
+
     def _recomputed_shares(self, recompute: Recompute) -> tuple[float, float]:
         """Shares (GEMMs, attention) of the forward that run again."""
         if recompute.granularity == "full":
@@ -114,13 +137,14 @@ def dense_model(
     **rates: object,
 ) -> CostModel:  # fmt: skip
     """Cost model of a dense GQA transformer; `parameters` are those in GEMMs, the output head included."""
-    query, key_value = num_heads * head_width, num_kv_heads * head_width
     return CostModel(
         name=name,
         num_layers=num_layers,
         linear_flops=6.0 * parameters,
-        attention_flops=2.0 * query * num_layers,
-        exchange_bytes=2.0 * (2 * query + 2 * key_value),
+        attention_flops=2.0 * num_heads * head_width * num_layers,
+        attention=AttentionShape(
+            num_query_heads=num_heads, num_kv_heads=num_kv_heads, qk_width=head_width, v_width=head_width
+        ),
         max_cp_degree=num_heads,
         **rates,  # type: ignore[arg-type]
     )
@@ -133,6 +157,10 @@ _H100 = {
     "cluster_bandwidth": 45e9,
 }
 
+DEEPSEEK_V2 = AttentionShape(
+    num_query_heads=128, num_kv_heads=128, qk_width=192, v_width=128, q_latent=1536, kv_latent=512, rope_width=64
+)
+
 PRESETS: dict[str, CostModel] = {
     model.name: model
     for model in (
@@ -144,18 +172,18 @@ PRESETS: dict[str, CostModel] = {
         # 70B and 32B: the 8B's rates; a tensor-parallel group of 8 (4) counts as one rank that is 8 (4) times as fast.
         dense_model(
             "llama3.1-70b-h100-tp8", num_layers=80, hidden=8192, num_heads=64, num_kv_heads=8, head_width=128,
-            parameters=69.5e9, micro_batch_seconds=0.47, node_size=1,
+            parameters=69.5e9, micro_batch_seconds=0.47, node_size=1, tensor_parallel=8,
             **(_H100 | {"linear_rate": 8 * 515e12, "attention_rate": 8 * 308e12, "cluster_bandwidth": 8 * 45e9}),
         ),
         dense_model(
             "qwen2.5-32b-h100-tp4", num_layers=64, hidden=5120, num_heads=40, num_kv_heads=8, head_width=128,
-            parameters=31.8e9, micro_batch_seconds=0.376, node_size=2,
+            parameters=31.8e9, micro_batch_seconds=0.376, node_size=2, tensor_parallel=4,
             **{key: 4 * rate for key, rate in _H100.items()},
         ),
         # 128 heads; q and k 192 wide, v and output 128 (latents expanded as in training); 21e9 active parameters.
         CostModel(
             name="deepseek-v2-h100", num_layers=60, linear_flops=6 * 21e9, attention_flops=128 * (192 + 128) * 60.0,
-            exchange_bytes=2.0 * 128 * (192 + 192 + 128 + 128), linear_rate=207e12, attention_rate=200e12,
+            attention=DEEPSEEK_V2, linear_rate=207e12, attention_rate=200e12,
             node_bandwidth=45e9, cluster_bandwidth=45e9, micro_batch_seconds=0.3, step_seconds=0.5,
         ),
     )
@@ -163,7 +191,7 @@ PRESETS: dict[str, CostModel] = {
 """Shipped cost models by name."""
 
 ATTENTION_ONLY = CostModel(
-    name="attention-only", num_layers=1, linear_flops=0.0, attention_flops=1.0, exchange_bytes=0.0, linear_rate=1.0,
+    name="attention-only", num_layers=1, linear_flops=0.0, attention_flops=1.0, attention=None, linear_rate=1.0,
     attention_rate=1.0, node_bandwidth=1.0, cluster_bandwidth=1.0, micro_batch_seconds=0.0,
 )  # fmt: skip
 """Sum of squares over CP degree, what the paper balances and Megatron's dynamic CP weighs."""

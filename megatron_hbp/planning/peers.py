@@ -58,7 +58,7 @@ def dynamic_cp(lengths: np.ndarray, request: Request) -> Plan:
 def skrull(lengths: np.ndarray, request: Request) -> Plan:
     """After Skrull (2505.19609): long samples over the full CP group, short ones local to a rank, balanced on FLOPs."""
     setting = replace(request, tiers=(request.tiers[0], request.tiers[-1]))
-    flops = replace(request.cost, micro_batch_seconds=0.0, exchange_bytes=0.0)
+    flops = replace(request.cost, micro_batch_seconds=0.0, attention=None)
 
     def place(step: np.ndarray, request: Request) -> tuple[Packs, Placement]:
         return place_step(step, request, widen=False, weigh_by=flops)

@@ -22,7 +22,7 @@ import numpy as np
 from megatron_hbp.errors import PlanError
 from megatron_hbp.planning.types import Pack, Tier
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 COLUMNS = {
     "sample_ids": "<i8",

@@ -6,14 +6,17 @@ consecutive ranks runs in one slot; local tokens are the tokens of a pack that l
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.exchange import AUTO, EXCHANGES, ZIGZAG, Exchange
 
 Layout = Literal["contiguous", "zigzag"]
+Kernel = Literal["te", "flash", "varlen", "reference"]
 Granularity = Literal["full", "selective"]
+Auto = Literal["auto"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,13 @@ class Tier:
     cp_degree: int = 1
     """Ranks that share a pack."""
     recompute: Recompute = field(default_factory=Recompute)
-    layout: Layout = "contiguous"
-    """Tokens of a pack on its ranks: equal slices in order, or two mirrored slices each (causal balance)."""
+    layout: Layout | Auto = AUTO
+    """Tokens of a pack on its ranks: equal slices in order, or two mirrored slices each (causal balance); auto: the
+    one that balances the exchange."""
+    exchange: Exchange | Auto = AUTO
+    """What the ranks of a pack exchange in attention (planning/exchange.py); auto: chosen when training starts."""
+    kernel: Kernel | Auto = AUTO
+    """Which attention kernel runs; auto: the first that is installed and fits device and dtype."""
     alignment: int = 1
     """A rank's tokens are padded to a multiple of this (tensor parallel width, FP8)."""
 
@@ -57,9 +65,13 @@ class Tier:
         for name in ("packing_length", "cp_degree", "alignment"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"tier {self.packing_length}:cp{self.cp_degree}: {name} must be at least 1")
-        if self.layout not in ("contiguous", "zigzag"):
-            raise ConfigError(f"tier {self}: layout is contiguous or zigzag, not {self.layout}")
-        unit = self.cp_degree * self.alignment * (2 if self.layout == "zigzag" else 1)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in (AUTO, *choices):
+                raise ConfigError(
+                    f"tier {self.packing_length}:cp{self.cp_degree}: {name} is one of {', '.join(choices)} or auto, "
+                    f"not {getattr(self, name)!r}"
+                )
+        unit = self.cp_degree * self.alignment * (2 if self.is_zigzag else 1)
         if self.packing_length % unit:
             raise ConfigError(
                 f"tier {self}: packing length {self.packing_length} is not a multiple of {unit} "
@@ -71,12 +83,25 @@ class Tier:
         """Token slots on one rank."""
         return self.packing_length // self.cp_degree
 
+    @property
+    def is_zigzag(self) -> bool:
+        """True where a rank holds two mirrored slices."""
+        return self.layout == "zigzag" or (self.layout == AUTO and self.exchange in ZIGZAG)
+
     def __str__(self) -> str:
         parts = [f"{self.packing_length}:cp{self.cp_degree}"]
         parts += [str(self.recompute)] if self.recompute.granularity else []
-        parts += ["zigzag"] if self.layout == "zigzag" else []
+        parts += [self.layout] if self.layout != AUTO else []
+        parts += [f"{name}={getattr(self, name)}" for name in ("exchange", "kernel") if getattr(self, name) != AUTO]
         parts += [f"align{self.alignment}"] if self.alignment > 1 else []
         return ":".join(parts)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "layout": get_args(Layout),
+    "exchange": EXCHANGES,
+    "kernel": get_args(Kernel),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +134,8 @@ def parse_tiers(text: str) -> tuple[Tier, ...]:
     """Read tiers as the command line writes them, shortest first: `16384:cp1:full28,131072:cp8:zigzag`.
 
     After LENGTH:cpN come, in any order: fullN (recompute N layers), sel=MODULE+MODULE (recompute these), none,
-    zigzag, alignN. Raises ConfigError for anything else, and for tiers that do not grow in length and CP degree.
+    zigzag, contiguous, exchange=NAME, kernel=NAME, alignN. Raises ConfigError for anything else, and for tiers that do
+    not grow in length and CP degree.
     """
     tiers = tuple(_parse_tier(part.strip()) for part in text.split(","))
     check_tiers(tiers)
@@ -141,8 +167,11 @@ def _parse_tier(text: str) -> Tier:
 def _parse_option(option: str, text: str) -> tuple[str, object]:
     if option == "none":
         return "recompute", Recompute()
-    if option in ("zigzag", "contiguous"):
+    if option in _CHOICES["layout"]:
         return "layout", option
+    name, _, choice = option.partition("=")
+    if name in ("exchange", "kernel"):
+        return name, choice
     if option.startswith("sel="):
         return "recompute", Recompute(granularity="selective", modules=tuple(option[4:].split("+")))
     if option.startswith("full"):
@@ -152,7 +181,8 @@ def _parse_option(option: str, text: str) -> tuple[str, object]:
     if option.startswith("cp"):
         return "cp_degree", _number(option[2:], text)
     raise ConfigError(
-        f"tier {text!r}: {option!r} is unknown; a tier is LENGTH:cpN[:fullN|:sel=MODULE+MODULE][:zigzag][:alignN]"
+        f"tier {text!r}: {option!r} is unknown; a tier is "
+        "LENGTH:cpN[:fullN|:sel=MODULE+MODULE][:exchange=NAME][:kernel=NAME][:zigzag][:alignN]"
     )
 
 

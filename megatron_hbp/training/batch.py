@@ -1,15 +1,17 @@
 """From the samples of a pack to one rank's slice of it. numpy only, no ranks, no groups: easy to check by hand.
 
-Legend: `t` tokens of the padded pack, `c` ranks that share it, `s` = t / c tokens of one rank's contiguous slice, `n`
-samples. A position is supervised where the token that follows it in its own sample is to be predicted; the pack has R
-of them, the slice r. Documents end in their supervised part, so slices hold them very unequally: rank k computes the
-losses of the supervised positions [k R / c, (k + 1) R / c) of the pack, wherever they lie.
+Legend: `t` tokens of the padded pack, `c` ranks that share it, `s` = t / c tokens of one rank's slice, `n` samples. A
+position is supervised where the token that follows it in its own sample is to be predicted; the pack has R of them, the
+slice r. Documents end in their supervised part, so slices hold them very unequally: rank k computes the losses of the
+supervised positions [k R / c, (k + 1) R / c), counted in rank order, wherever they lie.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_hbp.model.split import local_positions
 
 # Padding attends to itself in pieces of this many tokens: one long piece would cost its square (PP pads to capacity).
 PADDING_SEGMENT = 128
@@ -44,9 +46,14 @@ class PackSlice:
 
 
 def slice_of_pack(
-    samples: Sequence[tuple[np.ndarray, np.ndarray]], *, padded_length: int, cp_degree: int, cp_rank: int
+    samples: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    padded_length: int,
+    cp_degree: int,
+    cp_rank: int,
+    zigzag: bool = False,
 ) -> PackSlice:
-    """The contiguous slice of rank `cp_rank` of a pack.
+    """The tokens of rank `cp_rank` of a pack.
 
     Args:
         samples: (tokens int [length], loss mask [length]) of each sample in pack order; mask[i] = 1 says that token i
@@ -54,6 +61,7 @@ def slice_of_pack(
         padded_length: t, a multiple of `cp_degree` and no less than the samples' tokens.
         cp_degree: ranks that share the pack.
         cp_rank: which of them this is.
+        zigzag: a rank holds two mirrored slices instead of one (model/split.py).
     """
     tokens, following, positions = (np.zeros(padded_length, np.int64) for _ in range(3))
     is_supervised = np.zeros(padded_length, bool)
@@ -66,32 +74,33 @@ def slice_of_pack(
         positions[start:end] = np.arange(end - start)
         starts.append(end)
     num_tokens, num_samples = end, len(samples)
-    while end < padded_length:
-        start, end = end, min(end + PADDING_SEGMENT, padded_length)
+    held = local_positions(padded_length, cp_degree=cp_degree, zigzag=zigzag)  # [c, s]
+    borders = padded_length // (cp_degree * (2 if zigzag else 1))
+    while end < padded_length:  # no piece of padding reaches over a slice's border: it would have to be exchanged
+        start, end = end, min(end + PADDING_SEGMENT, (end // borders + 1) * borders)
         positions[start:end] = np.arange(end - start)
         starts.append(end)
     cu_seqlens = np.array(starts, np.int32)
-    sample_index = np.minimum(
-        np.repeat(np.arange(len(starts) - 1), np.diff(cu_seqlens)), max(num_samples - 1, 0)
-    )
+    sample_index = np.minimum(np.repeat(np.arange(len(starts) - 1), np.diff(cu_seqlens)), max(num_samples - 1, 0))
 
-    s = padded_length // cp_degree
-    mine = slice(cp_rank * s, (cp_rank + 1) * s)
-    rows = np.flatnonzero(is_supervised)
-    held = np.searchsorted(rows, np.arange(cp_degree + 1) * s)  # rank k holds rows [held[k], held[k + 1])
-    dealt = np.arange(cp_degree + 1) * len(rows) // cp_degree  # and computes the losses of [dealt[k], dealt[k + 1])
+    s, mine = padded_length // cp_degree, held[cp_rank]
+    # loss rows in rank order: rank k holds rows [has[k], has[k + 1]) and computes those of [dealt[k], dealt[k + 1])
+    order = held.reshape(-1)
+    rows = np.flatnonzero(is_supervised[order])
+    has = np.searchsorted(rows, np.arange(cp_degree + 1) * s)
+    dealt = np.arange(cp_degree + 1) * len(rows) // cp_degree
     return PackSlice(
         tokens=tokens[mine],
         position_ids=positions[mine],
-        is_real=np.arange(mine.start, mine.stop) < num_tokens,
+        is_real=mine < num_tokens,
         sample_index=sample_index[mine],
-        supervised=rows[held[cp_rank] : held[cp_rank + 1]] - mine.start,
-        rows_to=_overlaps(held[cp_rank], held[cp_rank + 1], dealt),
-        rows_from=_overlaps(dealt[cp_rank], dealt[cp_rank + 1], held),
-        labels=following[rows[dealt[cp_rank] : dealt[cp_rank + 1]]],
+        supervised=rows[has[cp_rank] : has[cp_rank + 1]] - cp_rank * s,
+        rows_to=_overlaps(has[cp_rank], has[cp_rank + 1], dealt),
+        rows_from=_overlaps(dealt[cp_rank], dealt[cp_rank + 1], has),
+        labels=following[order[rows[dealt[cp_rank] : dealt[cp_rank + 1]]]],
         cu_seqlens=cu_seqlens,
         sample_tokens=np.array([len(sample) for sample, _ in samples] or [0], np.int64),
-        sample_supervised=np.bincount(sample_index[rows], minlength=max(num_samples, 1)),
+        sample_supervised=np.bincount(sample_index[is_supervised], minlength=max(num_samples, 1)),
     )
 
 

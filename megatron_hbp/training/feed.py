@@ -4,8 +4,8 @@ Every rank of a gang, every tensor-parallel rank and every pipeline stage maps t
 slice.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import PlanError
 from megatron_hbp.model.context import MicroBatchContext
 from megatron_hbp.model.loss import LossRows
+from megatron_hbp.model.split import split_pack
 from megatron_hbp.parallel.groups import CpGroups
+from megatron_hbp.planning.exchange import AUTO
 from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.planning.types import Recompute, Tier
 from megatron_hbp.training.batch import PackSlice, padded_length, slice_of_pack
 
 DUMMY = -1
@@ -54,6 +56,7 @@ class Feed:
         unit: int,
         full_length: bool,
         device: torch.device,
+        tiers: Sequence[Tier] | None = None,
         joint_recompute: bool = False,
         first_step: int = 0,
         cyclic: bool = False,
@@ -68,12 +71,16 @@ class Feed:
             unit: local tokens are padded to a multiple of this (tensor-parallel width under sequence parallelism).
             full_length: pad every pack to its tier's packing length (pipeline stages exchange fixed shapes).
             device: where the tensors go.
+            tiers: the plan's tiers with every `auto` exchange chosen; those left are run as a2a.
             joint_recompute: give all ranks of a slot one recompute policy (experts are exchanged, see `joint_policy`).
             first_step: step to start at (resume).
             cyclic: start again after the last step (evaluation), instead of ending.
         """
         self.plan, self.store, self.groups, self.rank = plan, store, groups, rank
         self.unit, self.full_length, self.device = unit, full_length, device
+        self.tiers = tuple(
+            replace(tier, exchange="a2a") if tier.exchange == AUTO else tier for tier in tiers or plan.tiers
+        )
         self.joint_recompute = joint_recompute
         self._micro_batches = self._iterate(first_step, cyclic)
 
@@ -98,11 +105,15 @@ class Feed:
         if index < 0:
             return self._dummy(step, slot)
         pack = self.plan.pack(index)
-        tier = self.plan.tiers[pack.tier]
+        tier = self.tiers[pack.tier]
         length = (
             tier.packing_length
             if self.full_length
-            else padded_length(pack.num_tokens, cp_degree=tier.cp_degree, unit=int(np.lcm(self.unit, tier.alignment)))
+            else padded_length(
+                pack.num_tokens,
+                cp_degree=tier.cp_degree,
+                unit=int(np.lcm(self.unit, tier.alignment)) * (2 if tier.is_zigzag else 1),
+            )
         )
         samples = []
         for sample_id, num_tokens in zip(pack.sample_ids, pack.lengths, strict=True):
@@ -113,14 +124,21 @@ class Feed:
                     f"the plan belongs to other data; make it again with `hbp plan --store`"
                 )
             samples.append((tokens[:num_tokens], loss_mask[:num_tokens]))
-        cut = slice_of_pack(samples, padded_length=length, cp_degree=tier.cp_degree, cp_rank=self.rank - pack.rank0)
-        return self._micro_batch(step, slot, pack.tier, pack.sample_ids, cut, tier.cp_degree)
+        cut = slice_of_pack(
+            samples,
+            padded_length=length,
+            cp_degree=tier.cp_degree,
+            cp_rank=self.rank - pack.rank0,
+            zigzag=tier.is_zigzag,
+        )
+        return self._micro_batch(step, slot, pack.tier, pack.sample_ids, cut, tier, self.rank - pack.rank0)
 
     def _dummy(self, step: int, slot: int) -> MicroBatch:
         """A micro-batch without supervised tokens: equal counts on all ranks, no weight in the loss, CP degree 1."""
         length = self.plan.tiers[0].local_tokens if self.full_length else self.unit
         cut = slice_of_pack([], padded_length=length, cp_degree=1, cp_rank=0)
-        return self._micro_batch(step, slot, DUMMY, np.zeros(0, np.int64), cut, 1)
+        alone = Tier(packing_length=length, exchange="a2a", kernel=self.tiers[0].kernel)
+        return self._micro_batch(step, slot, DUMMY, np.zeros(0, np.int64), cut, alone, 0)
 
     def _recompute(self, step: int, slot: int, tier: int) -> Recompute:
         """This rank's policy in a slot; ranks of a slot with different tiers may have to agree on one."""
@@ -134,19 +152,21 @@ class Feed:
         self,
         step: int,
         slot: int,
-        tier: int,
+        tier_index: int,
         sample_ids: np.ndarray,
         cut: PackSlice,
-        cp_degree: int,
+        tier: Tier,
+        cp_rank: int,
     ) -> MicroBatch:
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-        cp_group = self.groups.group(cp_degree)
+        assert tier.exchange != AUTO
+        cp_group = self.groups.group(tier.cp_degree)
         return MicroBatch(
             step=step,
             slot=slot,
-            tier=tier,
+            tier=tier_index,
             sample_ids=sample_ids,
             tokens=on_device(cut.tokens)[None],
             loss_rows=LossRows(
@@ -159,18 +179,26 @@ class Feed:
             num_local_tokens=int(cut.is_real.sum()),
             context=MicroBatchContext(
                 cp_group=cp_group,
-                cp_degree=cp_degree,
+                cp_degree=tier.cp_degree,
                 position_ids=on_device(cut.position_ids),
-                cu_seqlens=on_device(cut.cu_seqlens),
                 max_seqlen=int(np.diff(cut.cu_seqlens).max()),
-                segments=tuple(cut.cu_seqlens.tolist()),
+                exchange=tier.exchange,
+                kernel=tier.kernel,
+                split=split_pack(
+                    cut.cu_seqlens,
+                    num_tokens=int(cut.sample_tokens.sum()),
+                    cp_degree=tier.cp_degree,
+                    cp_rank=cp_rank,
+                    zigzag=tier.is_zigzag,
+                    device=self.device,
+                ),
                 is_real=on_device(cut.is_real),
                 sample_index=on_device(cut.sample_index),
                 sample_tokens=on_device(cut.sample_tokens),
                 sample_supervised=on_device(cut.sample_supervised),
                 num_real_tokens=int(cut.sample_tokens.sum()),
                 num_supervised_tokens=int(cut.sample_supervised.sum()),
-                recompute=self._recompute(step, slot, tier),
+                recompute=self._recompute(step, slot, tier_index),
             ),
         )
 

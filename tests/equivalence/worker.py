@@ -26,8 +26,10 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megatron_hbp.model import context as micro_batch_context  # noqa: E402
-from megatron_hbp.model import exchange, loss  # noqa: E402
+from megatron_hbp.model import loss  # noqa: E402
+from megatron_hbp.model.exchange import heads  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
+from megatron_hbp.model.split import split_pack  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import batch, feed, forward  # noqa: E402
@@ -120,8 +122,12 @@ def yardstick(kind: str) -> dict[str, torch.Tensor]:
             logits = chunks[0](inputs, positions, causal)
         else:
             alone = micro_batch_context.MicroBatchContext(
-                cp_group=None, cp_degree=1, position_ids=positions[0], cu_seqlens=torch.tensor([0, n]), max_seqlen=n,
-                segments=(0, n), recompute=Recompute(), is_real=torch.ones(n, dtype=torch.bool),
+                cp_group=None, cp_degree=1, position_ids=positions[0], max_seqlen=n,
+                exchange="a2a", kernel="auto",
+                split=split_pack(
+                    np.array([0, n]), num_tokens=n, cp_degree=1, cp_rank=0, zigzag=False, device=inputs.device
+                ),
+                recompute=Recompute(), is_real=torch.ones(n, dtype=torch.bool),
                 sample_index=torch.zeros(n, dtype=torch.long), sample_tokens=torch.tensor([n]),
                 sample_supervised=torch.tensor([int(mask[1:].sum())]), num_real_tokens=n,
                 num_supervised_tokens=int(mask[1:].sum()),
@@ -175,7 +181,7 @@ def _boundary_off_by_one() -> Iterator[None]:
 
     def shifted(*args, **kwargs):
         cut = cutter(*args, **kwargs)
-        cut.cu_seqlens[1:-1] = np.minimum(cut.cu_seqlens[1:-1] + 1, cut.cu_seqlens[-1])
+        cut.cu_seqlens[1:-1] += np.diff(cut.cu_seqlens)[1:] > 1
         return cut
 
     cutter = batch.slice_of_pack
@@ -187,14 +193,14 @@ def _boundary_off_by_one() -> Iterator[None]:
 def _wrong_head_order() -> Iterator[None]:
     """Heads come back from the exchange in reverse order of ranks."""
 
-    def reverse(out, group):
-        back = exchange_back(out, group)
+    def reverse(out, shared, group):
+        back = exchange_back(out, shared, group)
         c = dist.get_world_size(group)
         s, h, d = back.shape
         return back.reshape(s, c, h // c, d).flip(1).reshape(s, h, d)
 
-    exchange_back = exchange.heads_to_sequence
-    with mock.patch.object(exchange, "heads_to_sequence", reverse):
+    exchange_back = heads.heads_to_sequence
+    with mock.patch.object(heads, "heads_to_sequence", reverse):
         yield
 
 

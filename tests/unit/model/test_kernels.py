@@ -1,15 +1,16 @@
-"""The reference kernel against softmax written out in fp64, with the mask spelled out; and who may exchange heads."""
+"""The reference kernel against softmax written out in fp64, with the mask spelled out."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_hbp.errors import ConfigError
-from megatron_hbp.model import exchange, kernels
-from tests.unit.model.packs import context_of
+from megatron_hbp.model import kernels
+from megatron_hbp.model.split import Segments
 
 LENGTHS = [5, 1, 9, 2]
+SEGMENTS = Segments.of([0, *np.cumsum(LENGTHS).tolist()], device=torch.device("cpu"))
 
 
 def naive(q, k, v, lengths, scale):
@@ -35,7 +36,7 @@ def test_reference_is_softmax_attention(kv_heads, value_width):
     q = torch.randn(t, 6, 8, dtype=torch.float64, requires_grad=True)
     k = torch.randn(t, kv_heads, 8, dtype=torch.float64, requires_grad=True)
     v = torch.randn(t, kv_heads, value_width, dtype=torch.float64, requires_grad=True)
-    out = kernels.reference(q, k, v, context_of(LENGTHS), scale)
+    out = kernels.reference(q, k, v, SEGMENTS, scale)
     expected = naive(q, k, v, LENGTHS, scale)
     assert out.shape == (t, 6, value_width)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
@@ -48,11 +49,21 @@ def test_reference_is_softmax_attention(kv_heads, value_width):
 def test_samples_do_not_see_each_other():
     torch.manual_seed(0)
     q, k, v = (torch.randn(sum(LENGTHS), 2, 4, dtype=torch.float64) for _ in range(3))
-    before = kernels.reference(q, k, v, context_of(LENGTHS), 0.5)
+    before = kernels.reference(q, k, v, SEGMENTS, 0.5)
     k[6:15], v[6:15] = 0, 0  # the third sample
-    after = kernels.reference(q, k, v, context_of(LENGTHS), 0.5)
+    after = kernels.reference(q, k, v, SEGMENTS, 0.5)
     assert torch.equal(before[:6], after[:6]) and torch.equal(before[15:], after[15:])
     assert not torch.equal(before[6:15], after[6:15])
+
+
+def test_more_keys_than_queries_are_aligned_at_their_ends():
+    """The last 3 queries of a sample of 9 and a whole sample of 2 give the rows that all queries give."""
+    torch.manual_seed(0)
+    k, v = (torch.randn(11, 2, 4, dtype=torch.float64) for _ in range(2))
+    q = torch.randn(11, 4, 4, dtype=torch.float64)
+    whole = naive(q, k, v, [9, 2], 0.5)
+    segments = Segments.of([0, 3, 5], [0, 9, 11], device=torch.device("cpu"))
+    torch.testing.assert_close(kernels.reference(q[6:], k, v, segments, 0.5), whole[6:], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -66,17 +77,8 @@ def test_samples_do_not_see_each_other():
     ],
 )
 def test_choice(device, dtype, kernel):
-    assert kernels.choose(torch.device(device), dtype) is kernel
+    assert kernels.choose("auto", torch.device(device), dtype) is kernel
 
 
-@pytest.mark.parametrize("query_heads, kv_heads, degree", [(8, 2, 1), (8, 2, 4), (8, 8, 8), (6, 4, 3), (12, 1, 6)])
-def test_heads_that_can_be_shared_out(query_heads, kv_heads, degree):
-    exchange.check_heads(query_heads, kv_heads, degree)
-
-
-@pytest.mark.parametrize("query_heads, kv_heads, degree", [(8, 2, 3), (8, 8, 16), (6, 2, 4)])
-def test_heads_that_cannot(query_heads, kv_heads, degree):
-    with pytest.raises(ConfigError) as refused:
-        exchange.check_heads(query_heads, kv_heads, degree)
-    for part in (f"CP degree {degree}", f"{query_heads} query heads", f"{kv_heads} KV heads"):
-        assert part in str(refused.value)
+def test_a_named_kernel_is_that_kernel():
+    assert kernels.choose("reference", torch.device("cuda"), torch.bfloat16) is kernels.reference

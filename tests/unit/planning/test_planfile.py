@@ -59,7 +59,7 @@ def rewrite(plan, path, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'"schema_version":1', b'"schema_version":9', "format version 9"),
+        (b'"schema_version":2', b'"schema_version":9', "format version 9"),
         (b'"num_ranks":4', b'"num_ranks":2', "inconsistent"),
         (b'"seed":0', b'"sead":0', "does not make sense"),
         (b'"lengths":60', b'"lengths":59', "does not make sense"),

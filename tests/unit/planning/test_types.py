@@ -10,7 +10,7 @@ def test_plain_tiers():
     short, long = parse_tiers("16384:cp1,131072:cp8")
     assert (short.packing_length, short.cp_degree, short.local_tokens) == (16384, 1, 16384)
     assert (long.packing_length, long.cp_degree, long.local_tokens) == (131072, 8, 16384)
-    assert short.recompute == Recompute() and short.layout == "contiguous" and short.alignment == 1
+    assert short.recompute == Recompute() and short.layout == short.exchange == "auto" and short.alignment == 1
 
 
 def test_suffixes_in_any_order():

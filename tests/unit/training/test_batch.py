@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_hbp.training.batch import PADDING_SEGMENT, padded_length, slice_of_pack
 
 
-def brute_force(samples, length):
+def brute_force(samples, length, num_slices):
     """Token by token: (token, label, supervised, position) of the whole padded pack, and the segment starts."""
     rows, starts = [], [0]
     for tokens, mask in samples:
@@ -17,41 +17,55 @@ def brute_force(samples, length):
             rows.append((token, 0 if last else tokens[i + 1], False if last else bool(mask[i + 1]), i))
         starts.append(len(rows))
     while len(rows) < length:
-        rows += [(0, 0, False, i) for i in range(min(PADDING_SEGMENT, length - len(rows)))]
+        border = next(b for b in range(0, length + 1, length // num_slices) if b > len(rows))
+        rows += [(0, 0, False, i) for i in range(min(PADDING_SEGMENT, border - len(rows)))]
         starts.append(len(rows))
     return rows, starts
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), max_size=8),
     cp_degree=st.sampled_from([1, 2, 3, 4, 6]),
     unit=st.sampled_from([1, 2, 16]),
     extra=st.integers(0, 20),
     seed=st.integers(0, 2**16),
+    zigzag=st.booleans(),
 )
-def test_slices_match_the_definition(lengths, cp_degree, unit, extra, seed):
+def test_slices_match_the_definition(lengths, cp_degree, unit, extra, seed, zigzag):
     rng = np.random.default_rng(seed)
     samples = [(rng.integers(1, 99, n), rng.integers(0, 2, n)) for n in lengths]
+    unit *= 1 + zigzag
     length = padded_length(sum(lengths), cp_degree=cp_degree, unit=unit) + extra * cp_degree * unit
-    rows, starts = brute_force(samples, length)
+    rows, starts = brute_force(samples, length, cp_degree * (1 + zigzag))
 
-    cuts = [slice_of_pack(samples, padded_length=length, cp_degree=cp_degree, cp_rank=r) for r in range(cp_degree)]
-
-    assert [int(t) for cut in cuts for t in cut.tokens] == [row[0] for row in rows]
-    assert [int(p) for cut in cuts for p in cut.position_ids] == [row[3] for row in rows]
+    cuts = [
+        slice_of_pack(samples, padded_length=length, cp_degree=cp_degree, cp_rank=r, zigzag=zigzag)
+        for r in range(cp_degree)
+    ]
     s = length // cp_degree
+    at = list(range(length))  # position in the pack of every token, in rank order
+    if zigzag:
+        half = s // 2
+        slices = [at[i * half : (i + 1) * half] for i in range(2 * cp_degree)]
+        at = [i for r in range(cp_degree) for i in slices[r] + slices[2 * cp_degree - 1 - r]]
+
+    assert [int(t) for cut in cuts for t in cut.tokens] == [rows[i][0] for i in at]
+    assert [int(p) for cut in cuts for p in cut.position_ids] == [rows[i][3] for i in at]
     supervised = [r * s + int(i) for r, cut in enumerate(cuts) for i in cut.supervised]
-    assert supervised == [i for i, row in enumerate(rows) if row[2]]
+    assert supervised == [i for i, place in enumerate(at) if rows[place][2]]
     for cut in cuts:
         assert cut.cu_seqlens.tolist() == starts
         assert cut.sample_tokens.tolist() == (lengths or [0])
-    assert [bool(x) for cut in cuts for x in cut.is_real] == [i < sum(lengths) for i in range(length)]
+    assert [bool(x) for cut in cuts for x in cut.is_real] == [i < sum(lengths) for i in at]
     owner = [j for j, n in enumerate(lengths) for _ in range(n)]
-    assert [int(j) for cut in cuts for j in cut.sample_index][: len(owner)] == owner
+    found = dict(zip(at, (int(j) for cut in cuts for j in cut.sample_index), strict=True))
+    assert [found[i] for i in range(len(owner))] == owner
     counts = [sum(row[2] for row, j in zip(rows, owner, strict=False) if j == k) for k in range(max(len(lengths), 1))]
     assert cuts[0].sample_supervised.tolist() == counts
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     cp_degree=st.sampled_from([1, 2, 3, 4]),
@@ -61,7 +75,7 @@ def test_supervised_rows_are_dealt_evenly_and_meet_their_labels(lengths, cp_degr
     rng = np.random.default_rng(seed)
     samples = [(rng.integers(1, 99, n), rng.integers(0, 2, n)) for n in lengths]
     length = padded_length(sum(lengths), cp_degree=cp_degree, unit=1)
-    rows, _ = brute_force(samples, length)
+    rows, _ = brute_force(samples, length, cp_degree)
     cuts = [slice_of_pack(samples, padded_length=length, cp_degree=cp_degree, cp_rank=r) for r in range(cp_degree)]
 
     inbox: list[list[int]] = [[] for _ in range(cp_degree)]  # the all-to-all, by hand

@@ -62,8 +62,9 @@ def test_two_ranks_of_a_pack_by_hand(feed):
     assert left.loss_rows.labels.tolist() == [2, 3] and right.loss_rows.labels.tolist() == [202, 203]
     for each in (left, right):
         context = each.context
-        assert context.cu_seqlens.tolist() == [0, 3, 4, 8] == list(context.segments)
-        assert context.cu_seqlens.dtype == torch.int32 and context.max_seqlen == 4
+        assert context.max_seqlen == 4 and context.exchange == "a2a"
+        # every sample lies on one rank, but 10 against 16 squared tokens are uneven: they are shared
+        assert context.split.shared.segments.q == (0, 3, 4, 8) and context.split.home is None
         assert (context.cp_group, context.cp_degree, context.recompute) == ("pair", 2, SELECTIVE)
         assert context.sample_tokens.tolist() == [3, 1, 4] and context.sample_supervised.tolist() == [2, 0, 2]
         assert (context.num_real_tokens, context.num_supervised_tokens) == (8, 4)
@@ -80,7 +81,8 @@ def test_a_pack_is_padded_at_its_end_only(feed):
     positions = torch.cat([s.context.position_ids for s in slices])
     assert positions.tolist() == [*range(20), 0, 1, 2, 3]
     assert torch.cat([s.context.is_real for s in slices]).tolist() == [True] * 20 + [False] * 4
-    assert {s.context.segments for s in slices} == {(0, 20, 24)}
+    assert {s.context.split.shared.segments.q for s in slices} == {(0, 20)}
+    assert [s.context.split.home and s.context.split.home.q for s in slices] == [None, None, None, (0, 4)]
     assert {s.context.cp_group for s in slices} == {"quad"}
     assert {s.context.num_real_tokens for s in slices} == {20}
 
@@ -117,7 +119,7 @@ def test_a_dummy_weighs_nothing(feed):
     assert dummy.context.is_real.tolist() == [False, False]
     assert dummy.tokens.tolist() == [[0, 0]] and dummy.sample_ids.tolist() == []
     assert dummy.context.cp_degree == 1 and dummy.context.cp_group is None
-    assert dummy.context.recompute == Recompute() and dummy.context.segments == (0, 2)
+    assert dummy.context.recompute == Recompute() and dummy.context.split.home.q == (0, 2)
     assert dummy.context.position_ids.tolist() == [0, 1]
 
 
@@ -125,11 +127,10 @@ def test_full_length_pads_to_the_packing_length(feed):
     by_rank = {rank: list(feed(rank, full_length=True)) for rank in range(4)}
     for micro_batches in by_rank.values():
         assert {m.tokens.shape for m in micro_batches} == {(1, 8)}  # 8 / 1, 16 / 2, 32 / 4: the shape of every stage
-        assert all(m.context.segments[-1] == 8 * m.context.cp_degree for m in micro_batches)
     assert by_rank[3][0].loss_rows.local.tolist() == []  # a dummy too
     tiers = (*TIERS[:2], Tier(packing_length=4 * 2 * PADDING_SEGMENT, cp_degree=4))
     long = list(feed(0, tiers=tiers, full_length=True))[1]
-    assert max(np.diff(long.context.segments)) == PADDING_SEGMENT  # padding costs no square of its length
+    assert long.context.split.home.max_q <= PADDING_SEGMENT  # padding costs no square of its length
 
 
 def test_truncated_samples_use_their_first_tokens(feed):

@@ -1,0 +1,208 @@
+"""Which attention of a pack a rank computes alone, and which it shares with the ranks of its group.
+
+Samples that lie on one rank need no exchange. They stay at home as long as that keeps the ranks' work even; the other
+samples of a pack, the *shared* ones, form a pack of their own, which the exchanges work on.
+
+Legend: `c` CP degree, `s` local tokens, `x` tokens of the shared samples, of which this rank holds `x_r`, `n` segments
+of the pack (samples, then pieces of padding). Layouts: a rank holds one slice of c (contiguous) or slices r and
+2c - 1 - r of 2c (zigzag).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+UNEVENNESS = 0.02
+"""Work that samples at home may add to the fullest rank, as a share of the pack's work per rank. The exchange that they
+save is a few percent of a layer; a 16K sample at home on one of 8 ranks would cost its owner 8 times its share."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segments:
+    """Causal pieces for a kernel: queries [q[i], q[i+1]) see keys [k[i], k[i+1]), both aligned at their ends."""
+
+    q: tuple[int, ...]
+    """Where the query pieces start, and their end."""
+    k: tuple[int, ...]
+    """Where the key pieces start, and their end."""
+    cu_q: torch.Tensor
+    """`q` as int32 on the device."""
+    cu_k: torch.Tensor
+    """`k` as int32 on the device."""
+    max_q: int
+    max_k: int
+
+    @staticmethod
+    def of(q: Sequence[int], k: Sequence[int] | None = None, *, device: torch.device) -> "Segments":
+        """From the starts of the pieces and their end; without `k`, keys are those of the queries."""
+        k = q if k is None else k
+        return Segments(
+            q=tuple(q),
+            k=tuple(k),
+            cu_q=torch.tensor(q, dtype=torch.int32).to(device, non_blocking=True),
+            cu_k=torch.tensor(k, dtype=torch.int32).to(device, non_blocking=True),
+            max_q=max((b - a for a, b in pairwise(q)), default=0),
+            max_k=max((b - a for a, b in pairwise(k)), default=0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Range:
+    """Queries [start, end) of the shared pack that lie on this rank, and the keys they see."""
+
+    start: int
+    end: int
+    key_start: int
+    """First token of the first sample that reaches into the range: it sees keys [key_start, end)."""
+    segments: Segments
+    """Relative to `start` and `key_start`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shared:
+    """The shared samples as a pack of their own, in the order of the whole pack."""
+
+    counts: tuple[int, ...]
+    """[c]: x_r of every rank."""
+    to_pack: torch.Tensor | None
+    """int64 [x]: rows in rank order -> in the order of the pack; None where these are the same."""
+    to_ranks: torch.Tensor | None
+    """int64 [x]: the way back."""
+    segments: Segments
+    """The shared samples, all x tokens."""
+    ranges: tuple[Range, ...]
+    """What of it lies here, in local order: one range, under zigzag two."""
+    ranges_of: tuple[tuple[tuple[int, int], ...], ...]
+    """[c]: (start, end) of the ranges of every rank."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """One rank's attention of a pack."""
+
+    home: Segments | None
+    """Samples and padding that only this rank works on; None where there are none."""
+    home_at: torch.Tensor | None
+    """int64: their local positions; None where these are all [0, s)."""
+    shared: Shared | None
+    shared_at: torch.Tensor | None
+    """int64 [x_r]: local positions of the shared samples; None where these are all."""
+    back: torch.Tensor | None
+    """int64 [s]: from (home, shared) rows to local positions."""
+
+
+def local_positions(padded_length: int, *, cp_degree: int, zigzag: bool) -> np.ndarray:
+    """Positions in the pack of each rank's tokens, in local order: int64 [c, s]."""
+    if not zigzag:
+        return np.arange(padded_length).reshape(cp_degree, -1)
+    slices = np.arange(padded_length).reshape(2 * cp_degree, -1)
+    return np.concatenate((slices[:cp_degree], slices[: cp_degree - 1 : -1]), axis=1)
+
+
+def split_pack(
+    cu_seqlens: np.ndarray, *, num_tokens: int, cp_degree: int, cp_rank: int, zigzag: bool, device: torch.device
+) -> Split:
+    """Split the attention of a pack with segments `cu_seqlens` [n + 1] for rank `cp_rank`.
+
+    Segments from `num_tokens` on are padding, which always stays at home. All ranks of the group come to the same
+    split: it follows from the pack alone.
+    """
+    if cp_degree == 1:
+        whole = Segments.of(cu_seqlens.tolist(), device=device)
+        return Split(home=whole, home_at=None, shared=None, shared_at=None, back=None)
+    positions = local_positions(int(cu_seqlens[-1]), cp_degree=cp_degree, zigzag=zigzag)
+    rank_of = np.empty(positions.size, np.int64)
+    rank_of[positions] = np.arange(cp_degree)[:, None]
+    is_padding = cu_seqlens[:-1] >= num_tokens
+    is_shared = ~(_stay_home(cu_seqlens, rank_of, cp_degree) | is_padding)  # [n]
+    lengths = np.diff(cu_seqlens)
+    token_shared = np.repeat(is_shared, lengths)  # [t]
+    mine = positions[cp_rank]
+    here = token_shared[mine]  # [s]
+    home = _home(cu_seqlens, is_shared, rank_of, cp_rank, device)
+    if not is_shared.any():
+        return Split(home=home, home_at=None, shared=None, shared_at=None, back=None)
+
+    starts = np.concatenate(([0], np.cumsum(lengths[is_shared])))
+    index = np.cumsum(token_shared) - 1  # position in the pack -> in the shared pack
+    rows = [index[held[token_shared[held]]] for held in positions]  # per rank, in local order
+    order = np.concatenate(rows)
+    in_order = bool((np.diff(order) == 1).all())
+    ranges_of = tuple(_runs(held) for held in rows)
+    shared = Shared(
+        counts=tuple(len(held) for held in rows),
+        to_pack=None if in_order else _tensor(np.argsort(order), device),
+        to_ranks=None if in_order else _tensor(order, device),
+        segments=Segments.of(starts.tolist(), device=device),
+        ranges=tuple(_range(starts, start, end, device) for start, end in ranges_of[cp_rank]),
+        ranges_of=ranges_of,
+    )
+    if here.all():
+        return Split(home=None, home_at=None, shared=shared, shared_at=None, back=None)
+    home_at, shared_at = np.flatnonzero(~here), np.flatnonzero(here)
+    back = np.argsort(np.concatenate((home_at, shared_at)))
+    return Split(
+        home=home,
+        home_at=_tensor(home_at, device),
+        shared=shared,
+        shared_at=_tensor(shared_at, device),
+        back=_tensor(back, device),
+    )
+
+
+def _stay_home(cu_seqlens: np.ndarray, rank_of: np.ndarray, cp_degree: int) -> np.ndarray:
+    """bool [n]: segments on one rank that stay there; on each rank the shortest, up to one level of work for all."""
+    first, last = cu_seqlens[:-1], cu_seqlens[1:] - 1
+    lengths = np.diff(cu_seqlens).astype(np.float64)
+    # one rank at both ends is not enough under zigzag, where another rank's slices may lie between
+    changes = np.concatenate(([0], np.cumsum(rank_of[1:] != rank_of[:-1])))
+    whole = changes[first] == changes[last]
+    work = lengths**2
+    allowed = UNEVENNESS * work.sum() / cp_degree
+    owner = rank_of[first]
+    by_length = np.argsort(lengths, kind="stable")
+    piled = np.zeros_like(work)  # work at home of the owner, this segment and all shorter ones included
+    for rank in range(cp_degree):
+        held = by_length[(whole & (owner == rank))[by_length]]
+        piled[held] = np.cumsum(work[held])
+    level = work.sum() / cp_degree
+    for _ in range(30):
+        stay = whole & (piled <= level)
+        at_home = np.bincount(owner[stay], weights=work[stay], minlength=cp_degree)
+        if at_home.max() - at_home.mean() <= allowed:
+            return stay
+        level *= 0.7
+    return np.zeros(len(whole), bool)
+
+
+def _home(
+    cu_seqlens: np.ndarray, is_shared: np.ndarray, rank_of: np.ndarray, cp_rank: int, device: torch.device
+) -> Segments | None:
+    here = ~is_shared & (rank_of[cu_seqlens[:-1]] == cp_rank)
+    if not here.any():
+        return None
+    return Segments.of([0, *np.cumsum(np.diff(cu_seqlens)[here]).tolist()], device=device)
+
+
+def _runs(rows: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """[start, end) of each run of consecutive numbers."""
+    if not len(rows):
+        return ()
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(rows, breaks))
+
+
+def _range(starts: np.ndarray, start: int, end: int, device: torch.device) -> Range:
+    first = int(np.searchsorted(starts, start, side="right")) - 1
+    inner = starts[(starts > start) & (starts < end)].tolist()
+    key_start = int(starts[first])
+    q, k = [start, *inner, end], [key_start, *inner, end]
+    segments = Segments.of([a - start for a in q], [a - key_start for a in k], device=device)
+    return Range(start=start, end=end, key_start=key_start, segments=segments)
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
