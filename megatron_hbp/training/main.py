@@ -26,7 +26,14 @@ def run(argv: list[str]) -> None:
     Raises:
         HbpError: any mistake in flags, plan or store, before a process group exists where that is possible.
     """
-    from megatron_hbp.training.options import HbpOptions, add_hbp_arguments, check_together, describe, implied_flags
+    from megatron_hbp.training.options import (
+        HbpOptions,
+        add_hbp_arguments,
+        check_together,
+        describe,
+        implied_flags,
+        shapes_vary,
+    )
 
     options = HbpOptions.from_argv(argv)
     flags = implied_flags(options) if options.train is not None else []
@@ -40,6 +47,8 @@ def run(argv: list[str]) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(extra_args_provider=add_hbp_arguments)
+    if options.train is not None:
+        check_together(args, options)
     model = gpt_config_from_args(args)
     if options.train is None:
         from megatron_hbp.training import plain
@@ -59,7 +68,8 @@ def run(argv: list[str]) -> None:
     from megatron_hbp.training.forward import make_forward_step
     from megatron_hbp.training.metrics import RunMetrics
 
-    check_together(args, options)
+    # not before the config is made: it would refuse Megatron-LM's default dispatcher, of a dense model too
+    args.variable_seq_lengths = model.transformer.variable_seq_lengths = shapes_vary(args, options)
     if args.rank == 0:
         print(f"> hbp: {describe(options)}", flush=True)
     args.hbp_plan_hash = options.train.plan.hash

@@ -144,13 +144,34 @@ def check_together(args: Any, options: HbpOptions) -> None:
         raise PlanError(f"--train-iters {args.train_iters} exceeds the plan's {plan.num_steps} steps")
     if plan.schedule != "lockstep":
         raise PlanError(f"the plan's schedule is {plan.schedule!r}, only lockstep plans can be trained so far")
-    if args.pipeline_model_parallel_size > 1:
-        lengths = {tier.local_tokens for tier in plan.tiers}
-        if lengths != {args.seq_length} and not args.variable_seq_lengths:
-            raise ConfigError(
-                f"pipeline stages exchange fixed shapes: give all tiers the same local tokens (they have "
-                f"{sorted(lengths)}), or --variable-seq-lengths"
-            )
+    if not shapes_vary(args, options):
+        return
+    lengths = _stage_lengths(options)
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise ConfigError(
+            f"interleaved pipeline stages exchange fixed shapes: give all tiers the same local tokens (they have "
+            f"{lengths}, --seq-length is {args.seq_length}), or leave out --num-layers-per-virtual-pipeline-stage and "
+            f"--num-virtual-stages-per-pipeline-rank"
+        )
+    if args.num_experts and args.moe_token_dispatcher_type == "allgather":
+        raise ConfigError(
+            f"--moe-token-dispatcher-type allgather needs tiers with the same local tokens (they have {lengths}) "
+            f"under pipeline parallelism: use alltoall"
+        )
+
+
+def shapes_vary(args: Any, options: HbpOptions) -> bool:
+    """Whether pipeline stages exchange tensors of other shapes from micro-batch to micro-batch.
+
+    Megatron-LM 0.19.2 has the setting (`variable_seq_lengths`) but no flag for it.
+    """
+    return args.pipeline_model_parallel_size > 1 and _stage_lengths(options) != [args.seq_length]
+
+
+def _stage_lengths(options: HbpOptions) -> list[int]:
+    """The local tokens that the tiers of both plans have, each once."""
+    parts = [part for part in (options.train, options.valid) if part is not None]
+    return sorted({tier.local_tokens for part in parts for tier in part.plan.tiers})
 
 
 def describe(options: HbpOptions) -> str:
