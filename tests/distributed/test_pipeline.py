@@ -1,4 +1,4 @@
-"""Two pipeline stages on plans whose tiers have other local tokens, training and evaluation, through the entry point."""
+"""Two pipeline stages on plans of unequal local tokens, training and evaluation, through the entry point."""
 
 import json
 import math

@@ -117,7 +117,7 @@ def test_checkpoints_are_checked_before_the_model_is_loaded():
     assert check.lineno < min(call.lineno for call in calls(body, "load_model_state_dict"))
 
 
-# ---------------------------------------------------------------- megatron.core's pipeline, as pipeline_shapes.py uses it
+# ---------------------------------------------------------------- megatron.core, as pipeline_shapes.py uses it
 
 
 def test_the_schedule_takes_a_communicator_and_its_groups():
