@@ -5,7 +5,8 @@
 | training.get_forward_backward_func | the micro-batches of *this* step and their shapes, times, the recompute switch |
 | training.training_log | our JSON line beside Megatron-LM's |
 | training.evaluate | the held-out loss for the same file |
-| checkpointing.check_checkpoint_args | a checkpoint that was trained with another plan is refused |
+| checkpointing._load_base_checkpoint | a checkpoint trained with another plan is refused before its tensors are read |
+| checkpointing.check_checkpoint_args | the same for formats whose arguments come with the tensors |
 
 `tests/unit/training/test_hooks.py` fails when a release moves one of them.
 """
@@ -35,6 +36,7 @@ def install(*, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> None
     training.training_log = _logging(training.training_log, metrics)
     training.evaluate = _reporting(training.evaluate, metrics)
     checkpointing.check_checkpoint_args = _same_plan(checkpointing.check_checkpoint_args)
+    checkpointing._load_base_checkpoint = _same_plan_early(checkpointing._load_base_checkpoint)
 
 
 def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> Callable:
@@ -126,12 +128,30 @@ def _reporting(evaluate: Callable, metrics: RunMetrics) -> Callable:
 def _same_plan(check_checkpoint_args: Callable) -> Callable:
     @functools.wraps(check_checkpoint_args)
     def check(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
-        mine, theirs = get_args().hbp_plan_hash, getattr(checkpoint_args, "hbp_plan_hash", None)
-        if theirs is not None and theirs != mine:
-            raise PlanError(
-                f"the checkpoint in {get_args().load} was trained with plan {theirs[:12]}, --hbp-plan is {mine[:12]}: "
-                f"resume with the plan it was trained with, or start anew with --finetune"
-            )
+        _refuse_another_plan(checkpoint_args)
         return check_checkpoint_args(checkpoint_args, *args, **kwargs)
 
     return check
+
+
+def _same_plan_early(load_base_checkpoint: Callable) -> Callable:
+    """Distributed checkpoints are opened twice: with rank0=True for what all ranks share, then for their tensors."""
+
+    @functools.wraps(load_base_checkpoint)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        loaded = load_base_checkpoint(*args, **kwargs)
+        state = loaded[0]
+        if state is not None and "args" in state and not get_args().finetune:
+            _refuse_another_plan(state["args"])
+        return loaded
+
+    return load
+
+
+def _refuse_another_plan(checkpoint_args: Any) -> None:
+    mine, theirs = get_args().hbp_plan_hash, getattr(checkpoint_args, "hbp_plan_hash", None)
+    if theirs is not None and theirs != mine:
+        raise PlanError(
+            f"the checkpoint in {get_args().load} was trained with plan {theirs[:12]}, --hbp-plan is {mine[:12]}: "
+            f"resume with the plan it was trained with, or start anew with --finetune"
+        )

@@ -159,7 +159,7 @@ def args(monkeypatch, plan):
 
 def test_install_replaces_what_megatron_calls(monkeypatch, plan):
     names = [(training, name) for name in ("get_forward_backward_func", "training_log", "evaluate")]
-    names += [(checkpointing, "check_checkpoint_args")]
+    names += [(checkpointing, "check_checkpoint_args"), (checkpointing, "_load_base_checkpoint")]
     before = {(module, name): getattr(module, name) for module, name in names}
     for (module, name), value in before.items():
         monkeypatch.setattr(module, name, value)  # put back after the test
@@ -241,6 +241,25 @@ def test_a_checkpoint_of_another_plan_names_both(args):
         check(SimpleNamespace(hbp_plan_hash="f" * 64))
     for part in ("f" * 12, args.hbp_plan_hash[:12], "DIR", "--finetune"):
         assert part in str(refused.value)
+
+
+def test_a_checkpoint_of_another_plan_is_refused_before_its_tensors_are_read(args):
+    args.finetune = False
+    states = [None, {}, {"args": SimpleNamespace()}, {"args": SimpleNamespace(hbp_plan_hash="f" * 64)}]
+    load = hooks._same_plan_early(lambda state, args, rank0: (state, "name", False, None))
+    for state in states[:3]:
+        assert load(state, None, rank0=True)[0] is state
+    with pytest.raises(PlanError, match="--finetune"):
+        load(states[3], None, rank0=True)
+    args.finetune = True
+    assert load(states[3], None, rank0=True)[0] is states[3]
+
+
+def test_what_all_ranks_share_is_read_before_the_tensors():
+    body = function(checkpointing, "load_checkpoint")
+    first, second = sorted(calls(body, "_load_base_checkpoint"), key=lambda call: call.lineno)
+    told = [{word.arg: ast.unparse(word.value) for word in call.keywords}.get("rank0") for call in (first, second)]
+    assert told == ["True", "False"]
 
 
 def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan):
