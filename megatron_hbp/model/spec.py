@@ -1,6 +1,6 @@
 """The model: Megatron-LM's GPT layer specs with our core attention, norm and rotary in their places.
 
-Nothing of GPTModel, attention, MLA or MoE is copied or subclassed; a spec says which class builds which part.
+Nothing of GPTModel, attention or MoE is copied; a spec says which class builds which part.
 """
 
 import dataclasses
@@ -11,12 +11,14 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models import GPTModelConfig
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model.attention import PackedCoreAttention
+from megatron_hbp.model.latent import PlainQueryMLASelfAttention
 from megatron_hbp.model.norm import SequenceParallelRMSNorm
 from megatron_hbp.model.rotary import localise
 from megatron_hbp.model.router import PackedRouter
@@ -42,6 +44,8 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
         swap[TEDotProductAttention] = PackedCoreAttention
     if transformer.normalization == "RMSNorm":
         swap[WrappedTorchNorm] = SequenceParallelRMSNorm
+    if transformer.multi_latent_attention and transformer.q_lora_rank is None and transformer.qk_layernorm:
+        swap[MLASelfAttention] = PlainQueryMLASelfAttention
     spec = _replaced(spec, swap)
     if not any(_contains(layer, PackedCoreAttention) for layer in spec.layer_specs):
         raise ConfigError("the layer spec of this model has no core attention that --hbp-plan knows: drop --spec")

@@ -5,12 +5,16 @@ group, aligned to c, so that a degree up to the node's size never crosses nodes 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from megatron_hbp.errors import ConfigError
+
+NCCL_GIB = 0.6
+"""Device memory of one NCCL communicator: 0.5 to 0.7 GB have been seen."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,9 +25,52 @@ class CpGroups:
     num_created: int
     """Communicators newly made on this rank; groups equal to the data-parallel group are shared with it."""
 
+    device_gib: float | None = None
+    """Device memory that the warm-up took on this rank, in GiB; None without CUDA."""
+
     def group(self, cp_degree: int) -> dist.ProcessGroup | None:
         """The group of this rank's gang at `cp_degree`; None at degree 1, which needs none."""
         return None if cp_degree == 1 else self.by_degree[cp_degree]
+
+    def warm_up(self, device: torch.device) -> "CpGroups":
+        """Use every group once, so that connections and their memory come now and not in the first step.
+
+        Collective over the groups, degree by degree: all ranks meet in the same order.
+        """
+        before = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        for degree in sorted(self.by_degree):
+            group = self.by_degree[degree]
+            sent = torch.zeros(degree, device=device)
+            dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
+        if device.type != "cuda":
+            return self
+        torch.cuda.synchronize(device)
+        return replace(self, device_gib=(before - torch.cuda.mem_get_info(device)[0]) / 2**30)
+
+    def describe(self, node_size: int) -> str:
+        """One line for the log: groups, what they cost, and which of them reach over nodes of `node_size` ranks."""
+        if not self.by_degree:
+            return "no CP groups: every tier has CP degree 1"
+        nodes = {
+            degree: len({rank // node_size for rank in dist.get_process_group_ranks(group)})
+            for degree, group in self.by_degree.items()
+        }
+        places = ", ".join(f"{c} in {n} node{'s' * (n > 1)}" for c, n in sorted(nodes.items()))
+        if self.device_gib is not None:
+            memory = f"{self.device_gib:.2f} GiB of device memory"
+        else:
+            memory = f"about {self.num_created * NCCL_GIB:.1f} GiB of device memory under NCCL"
+        split = [c for c, n in nodes.items() if n > 1 and c <= node_size]
+        warning = (
+            f"; WARNING: degree {', '.join(map(str, split))} would fit into a node but does not lie in one: "
+            f"choose tensor parallelism and node size so that the degree divides the data-parallel ranks of a node"
+            if split
+            else ""
+        )
+        return (
+            f"CP groups on rank 0: degree {places}; {self.num_created} new communicators, "
+            f"{len(self.by_degree) - self.num_created} shared, {memory}{warning}"
+        )
 
     @staticmethod
     def create(cp_degrees: Iterable[int], dp_group: dist.ProcessGroup, timeout: timedelta) -> "CpGroups":

@@ -99,6 +99,18 @@ class Feed:
                 yield self.micro_batch(step % self.plan.num_steps, slot)
             step += 1
 
+    def local_tokens(self, step: int, slot: int) -> int:
+        """Padded tokens of this rank in `slot` of `step`, from the plan alone: all its pipeline stages know them."""
+        index = self.plan.pack_at(step, slot, self.rank)
+        if index < 0:
+            return self.tiers[0].local_tokens if self.full_length else self.unit
+        tier = self.tiers[self.plan.pack_tier[index]]
+        if self.full_length:
+            return tier.local_tokens
+        unit = int(np.lcm(self.unit, tier.alignment)) * (2 if tier.is_zigzag else 1)
+        num_tokens = int(self.plan.pack_tokens[index])
+        return padded_length(num_tokens, cp_degree=tier.cp_degree, unit=unit) // tier.cp_degree
+
     def micro_batch(self, step: int, slot: int) -> MicroBatch:
         """What this rank runs in `slot` of `step`."""
         index = self.plan.pack_at(step, slot, self.rank)
@@ -106,15 +118,7 @@ class Feed:
             return self._dummy(step, slot)
         pack = self.plan.pack(index)
         tier = self.tiers[pack.tier]
-        length = (
-            tier.packing_length
-            if self.full_length
-            else padded_length(
-                pack.num_tokens,
-                cp_degree=tier.cp_degree,
-                unit=int(np.lcm(self.unit, tier.alignment)) * (2 if tier.is_zigzag else 1),
-            )
-        )
+        length = self.local_tokens(step, slot) * tier.cp_degree
         samples = []
         for sample_id, num_tokens in zip(pack.sample_ids, pack.lengths, strict=True):
             tokens, loss_mask = self.store.sample(int(sample_id))
@@ -135,7 +139,7 @@ class Feed:
 
     def _dummy(self, step: int, slot: int) -> MicroBatch:
         """A micro-batch without supervised tokens: equal counts on all ranks, no weight in the loss, CP degree 1."""
-        length = self.plan.tiers[0].local_tokens if self.full_length else self.unit
+        length = self.local_tokens(step, slot)
         cut = slice_of_pack([], padded_length=length, cp_degree=1, cp_rank=0)
         alone = Tier(packing_length=length, exchange="a2a", kernel=self.tiers[0].kernel)
         return self._micro_batch(step, slot, DUMMY, np.zeros(0, np.int64), cut, alone, 0)

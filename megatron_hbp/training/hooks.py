@@ -2,10 +2,11 @@
 
 | name in megatron.training | what ours adds |
 |---|---|
-| training.get_forward_backward_func | the number of micro-batches of *this* step, times, the recompute switch |
+| training.get_forward_backward_func | the micro-batches of *this* step and their shapes, times, the recompute switch |
 | training.training_log | our JSON line beside Megatron-LM's |
 | training.evaluate | the held-out loss for the same file |
-| checkpointing.check_checkpoint_args | a checkpoint that was trained with another plan is refused |
+| checkpointing._load_base_checkpoint | a checkpoint trained with another plan is refused before its tensors are read |
+| checkpointing.check_checkpoint_args | the same for formats whose arguments come with the tensors |
 
 `tests/unit/training/test_hooks.py` fails when a release moves one of them.
 """
@@ -14,12 +15,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
 from megatron.training import checkpointing, get_args, training
 
 from megatron_hbp.errors import PlanError
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.recompute import RecomputeSwitch
+from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
 from megatron_hbp.planning.plan import Plan
+from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
 
 
@@ -31,6 +36,7 @@ def install(*, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> None
     training.training_log = _logging(training.training_log, metrics)
     training.evaluate = _reporting(training.evaluate, metrics)
     checkpointing.check_checkpoint_args = _same_plan(checkpointing.check_checkpoint_args)
+    checkpointing._load_base_checkpoint = _same_plan_early(checkpointing._load_base_checkpoint)
 
 
 def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> Callable:
@@ -51,11 +57,14 @@ def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | Non
             nonlocal evaluations
             if forward_only:
                 assert valid_plan is not None
-                num_microbatches = int(valid_plan.num_micro_batches[evaluations % valid_plan.num_steps])
+                step = evaluations % valid_plan.num_steps
+                num_microbatches = int(valid_plan.num_micro_batches[step])
                 evaluations += 1
             else:
-                num_microbatches = int(plan.num_micro_batches[get_args().curr_iteration])
+                step = get_args().curr_iteration
+                num_microbatches = int(plan.num_micro_batches[step])
             chunks = model if isinstance(model, list) else [model]
+            rest |= pipeline_arguments(chunks, rest.get("data_iterator"), step)
             metrics.start(training=not forward_only)
             with micro_batch_context.on_bind(_switch_of(chunks)):
                 losses = schedule(model=model, num_microbatches=num_microbatches, forward_only=forward_only, **rest)
@@ -65,6 +74,24 @@ def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | Non
         return forward_backward
 
     return get_forward_backward_func
+
+
+def pipeline_arguments(chunks: list[Any], data_iterator: Any, step: int) -> dict[str, Any]:
+    """Arguments that let the schedule take shapes from the plan; none where stages exchange fixed ones, or nothing.
+
+    Args:
+        chunks: the model.
+        data_iterator: the feed of the plan whose step is run, as it is or in Megatron-LM's RerunDataIterator.
+        step: the step of that plan.
+    """
+    config = get_model_config(chunks[0])
+    if config.pipeline_model_parallel_size == 1 or not config.variable_seq_lengths:
+        return {}
+    feed = getattr(data_iterator, "iterable", data_iterator)
+    assert isinstance(feed, Feed), f"no feed to take shapes from: {type(feed).__name__}"
+    lengths = [feed.local_tokens(step, slot) for slot in range(int(feed.plan.num_micro_batches[step]))]
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return {"p2p_communicator": PlannedP2PCommunicator(groups.pp, config, lengths), "pg_collection": groups}
 
 
 _switches: dict[int, RecomputeSwitch] = {}
@@ -101,12 +128,30 @@ def _reporting(evaluate: Callable, metrics: RunMetrics) -> Callable:
 def _same_plan(check_checkpoint_args: Callable) -> Callable:
     @functools.wraps(check_checkpoint_args)
     def check(checkpoint_args: Any, *args: Any, **kwargs: Any) -> Any:
-        mine, theirs = get_args().hbp_plan_hash, getattr(checkpoint_args, "hbp_plan_hash", None)
-        if theirs is not None and theirs != mine:
-            raise PlanError(
-                f"the checkpoint in {get_args().load} was trained with plan {theirs[:12]}, --hbp-plan is {mine[:12]}: "
-                f"resume with the plan it was trained with, or start anew with --finetune"
-            )
+        _refuse_another_plan(checkpoint_args)
         return check_checkpoint_args(checkpoint_args, *args, **kwargs)
 
     return check
+
+
+def _same_plan_early(load_base_checkpoint: Callable) -> Callable:
+    """Distributed checkpoints are opened twice: with rank0=True for what all ranks share, then for their tensors."""
+
+    @functools.wraps(load_base_checkpoint)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        loaded = load_base_checkpoint(*args, **kwargs)
+        state = loaded[0]
+        if state is not None and "args" in state and not get_args().finetune:
+            _refuse_another_plan(state["args"])
+        return loaded
+
+    return load
+
+
+def _refuse_another_plan(checkpoint_args: Any) -> None:
+    mine, theirs = get_args().hbp_plan_hash, getattr(checkpoint_args, "hbp_plan_hash", None)
+    if theirs is not None and theirs != mine:
+        raise PlanError(
+            f"the checkpoint in {get_args().load} was trained with plan {theirs[:12]}, --hbp-plan is {mine[:12]}: "
+            f"resume with the plan it was trained with, or start anew with --finetune"
+        )

@@ -3,9 +3,8 @@
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -26,7 +25,14 @@ def run(argv: list[str]) -> None:
     Raises:
         HbpError: any mistake in flags, plan or store, before a process group exists where that is possible.
     """
-    from megatron_hbp.training.options import HbpOptions, add_hbp_arguments, check_together, describe, implied_flags
+    from megatron_hbp.training.options import (
+        HbpOptions,
+        add_hbp_arguments,
+        check_together,
+        describe,
+        implied_flags,
+        shapes_vary,
+    )
 
     options = HbpOptions.from_argv(argv)
     flags = implied_flags(options) if options.train is not None else []
@@ -40,6 +46,8 @@ def run(argv: list[str]) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(extra_args_provider=add_hbp_arguments)
+    if options.train is not None:
+        check_together(args, options)
     model = gpt_config_from_args(args)
     if options.train is None:
         from megatron_hbp.training import plain
@@ -56,10 +64,12 @@ def run(argv: list[str]) -> None:
     from megatron_hbp.model.recompute import install_context_capture
     from megatron_hbp.model.spec import with_packed_model
     from megatron_hbp.training import hooks
+    from megatron_hbp.training.feeds import feeds_provider
     from megatron_hbp.training.forward import make_forward_step
     from megatron_hbp.training.metrics import RunMetrics
 
-    check_together(args, options)
+    # not before the config is made: it would refuse Megatron-LM's default dispatcher, of a dense model too
+    args.variable_seq_lengths = model.transformer.variable_seq_lengths = shapes_vary(args, options)
     if args.rank == 0:
         print(f"> hbp: {describe(options)}", flush=True)
     args.hbp_plan_hash = options.train.plan.hash
@@ -68,7 +78,7 @@ def run(argv: list[str]) -> None:
     hooks.install(plan=options.train.plan, valid_plan=options.valid.plan if options.valid else None, metrics=metrics)
     pretrain(
         pretrain_cfg_container_from_args(args, with_packed_model(model)),
-        _feeds_provider(options),
+        feeds_provider(options),
         ModelType.encoder_or_decoder,
         make_forward_step(metrics.observe),
     )
@@ -76,46 +86,6 @@ def run(argv: list[str]) -> None:
 
     metrics.summarise(parallel_state.get_data_parallel_group())
     _leave()
-
-
-def _feeds_provider(options: Any) -> Any:
-    """Megatron-LM's data-set provider: one feed for training, one for evaluation, on every rank."""
-    from megatron.core import parallel_state
-    from megatron.training import get_args
-
-    from megatron_hbp.parallel.groups import CpGroups
-    from megatron_hbp.training.feed import Feed
-
-    groups: list[CpGroups] = []
-
-    def provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Feed, Feed | None, None]:
-        args = get_args()
-        data = [part for part in (options.train, options.valid) if part is not None]
-        if not groups:  # called once a virtual pipeline stage; the groups are made once
-            degrees = {tier.cp_degree for part in data for tier in part.plan.tiers}
-            timeout = timedelta(minutes=args.distributed_timeout_minutes)
-            groups.append(CpGroups.create(degrees, parallel_state.get_data_parallel_group(), timeout))
-        feeds: list[Feed | None] = [
-            Feed(
-                plan=part.plan,
-                store=part.store,
-                groups=groups[0],
-                rank=parallel_state.get_data_parallel_rank(),
-                unit=args.tensor_model_parallel_size if args.sequence_parallel else 1,
-                full_length=args.pipeline_model_parallel_size > 1 and not args.variable_seq_lengths,
-                device=torch.device(torch.cuda.current_device()),
-                joint_recompute=args.expert_model_parallel_size > 1,
-                first_step=0 if part is options.valid else args.iteration,
-                cyclic=part is options.valid,
-            )
-            for part in data
-        ]
-        train, valid = [*feeds, None][:2]
-        assert train is not None
-        return train, valid, None
-
-    provider.is_distributed = True  # type: ignore[attr-defined]
-    return provider
 
 
 def _platform_flags() -> list[str]:

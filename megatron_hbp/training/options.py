@@ -4,12 +4,14 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import ConfigError, PlanError
 from megatron_hbp.planning import planfile
+from megatron_hbp.planning.exchange import EXCHANGES
 from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.types import Kernel
 
 
 def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -24,6 +26,20 @@ def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--hbp-store", help="token store that the plan schedules")
     group.add_argument("--hbp-valid-plan", help="plan of the held-out samples, for evaluation")
     group.add_argument("--hbp-valid-store", help="token store of the held-out samples")
+    group.add_argument(
+        "--hbp-exchange",
+        choices=EXCHANGES,
+        help="what the ranks of a pack exchange in attention, for all tiers; left out, the tier's own or the cheapest",
+    )
+    group.add_argument(
+        "--hbp-kernel", choices=get_args(Kernel), help="attention kernel; left out, the first that is installed"
+    )
+    group.add_argument(
+        "--hbp-node-bandwidth", type=float, default=129.0, help="GB/s a rank receives inside a node (H100: 129)"
+    )
+    group.add_argument(
+        "--hbp-cluster-bandwidth", type=float, default=45.0, help="GB/s a rank receives across nodes (default 45)"
+    )
     group.add_argument("--hbp-metrics", help="write one JSON line a step, and a summary per tier, here")
     _repair_help(parser)
     return parser
@@ -52,9 +68,6 @@ class PlannedData:
             raise ConfigError(f"{flag} {plan_path} needs its token store: give {flag.replace('plan', 'store')} DIR")
         plan, store = planfile.load(Path(plan_path)), TokenStore.open(Path(store_path))
         planfile.check_data(plan, store.lengths, store.fingerprint)
-        for tier in plan.tiers:
-            if tier.layout != "contiguous":
-                raise ConfigError(f"tier {tier}: only contiguous layouts can be trained so far; plan without zigzag")
         return PlannedData(plan=plan, store=store)
 
 
@@ -72,7 +85,7 @@ class HbpOptions:
         parser = add_hbp_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
         args, _ = parser.parse_known_args(argv)
         if args.hbp_plan is None:
-            stray = [name for name, value in vars(args).items() if value is not None]
+            stray = [name for name, value in vars(args).items() if value != parser.get_default(name)]
             if stray:
                 raise ConfigError(f"--{stray[0].replace('_', '-')} needs --hbp-plan")
             return HbpOptions(train=None, valid=None, metrics=None)
@@ -144,13 +157,34 @@ def check_together(args: Any, options: HbpOptions) -> None:
         raise PlanError(f"--train-iters {args.train_iters} exceeds the plan's {plan.num_steps} steps")
     if plan.schedule != "lockstep":
         raise PlanError(f"the plan's schedule is {plan.schedule!r}, only lockstep plans can be trained so far")
-    if args.pipeline_model_parallel_size > 1:
-        lengths = {tier.local_tokens for tier in plan.tiers}
-        if lengths != {args.seq_length} and not args.variable_seq_lengths:
-            raise ConfigError(
-                f"pipeline stages exchange fixed shapes: give all tiers the same local tokens (they have "
-                f"{sorted(lengths)}), or --variable-seq-lengths"
-            )
+    if not shapes_vary(args, options):
+        return
+    lengths = _stage_lengths(options)
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise ConfigError(
+            f"interleaved pipeline stages exchange fixed shapes: give all tiers the same local tokens (they have "
+            f"{lengths}, --seq-length is {args.seq_length}), or leave out --num-layers-per-virtual-pipeline-stage and "
+            f"--num-virtual-stages-per-pipeline-rank"
+        )
+    if args.num_experts and args.moe_token_dispatcher_type == "allgather":
+        raise ConfigError(
+            f"--moe-token-dispatcher-type allgather needs tiers with the same local tokens (they have {lengths}) "
+            f"under pipeline parallelism: use alltoall"
+        )
+
+
+def shapes_vary(args: Any, options: HbpOptions) -> bool:
+    """Whether pipeline stages exchange tensors of other shapes from micro-batch to micro-batch.
+
+    Megatron-LM 0.19.2 has the setting (`variable_seq_lengths`) but no flag for it.
+    """
+    return args.pipeline_model_parallel_size > 1 and _stage_lengths(options) != [args.seq_length]
+
+
+def _stage_lengths(options: HbpOptions) -> list[int]:
+    """The local tokens that the tiers of both plans have, each once."""
+    parts = [part for part in (options.train, options.valid) if part is not None]
+    return sorted({tier.local_tokens for part in parts for tier in part.plan.tiers})
 
 
 def describe(options: HbpOptions) -> str:

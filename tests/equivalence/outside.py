@@ -1,10 +1,15 @@
 """Runs on 4 gloo ranks: ten optimizer steps of packs at CP 1, 2, 4 and mixed against Hugging Face, each sample alone.
 
-The judge is `transformers`' own LlamaForCausalLM and DeepseekV3ForCausalLM with eager attention. DeepSeek-V3, not V2:
-transformers' V2 leaves out YaRN's softmax factor and its group-limited routing may crash, while V3's code is whole. The
-parity traps are settled by the config: plain rotary (no YaRN), one group of experts, `q_lora_rank` set, zero correction
-bias, scores by sigmoid normalised over the chosen experts, and epsilon 1e-6 everywhere (V3 takes that one for its
-latents whatever its config says).
+The judge is `transformers`' own LlamaForCausalLM, DeepseekV3ForCausalLM and DeepseekV2ForCausalLM with eager
+attention. The parity traps are settled by the config: plain rotary (no YaRN: transformers before 5.23 left its factor
+out of V2's softmax), and epsilon 1e-6 everywhere (V2 and V3 take that one for their latents whatever the config says).
+
+    deepseek          V3: sigmoid scores normalised over the chosen experts, one group of experts, no correction bias
+    deepseek-v2       V2: `group_limited_greedy`, 4 groups of 3 experts of which the 2 with the *best single* expert are
+                      searched for 4; softmax scores as they are, times 2.5. The reference is transformers' own code,
+                      DeepseekV2TopkRouter, which is the V2 paper's rule (section 2.2.2). With 4 experts from 2 groups
+                      megatron-core would sum two a group; `SUMMED` runs that and must be seen.
+    deepseek-v2-lite  the same with queries that have no latent, as V2-Lite's (`q_lora_rank` None)
 
 Both code bases cast to fp32 by name, whatever the dtype of the model. In the fp64 cases `lifted` lifts these casts:
 Hugging Face's in RMSNorm, in the softmax of eager attention and in the router; Megatron-LM's in the router's scores.
@@ -32,10 +37,19 @@ cpu.apply()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.deepseek_v2 import modeling_deepseek_v2  # noqa: E402
 from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
+from megatron_hbp.model.router import PackedRouter  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.types import Tier  # noqa: E402
 from megatron_hbp.training import feed, forward  # noqa: E402
@@ -56,7 +70,12 @@ PACKS = {
     "cp 4": [(0, 0, 2, [7, 0, 1, 2, 3, 4, 5, 6])],
     "cp 1, 2, 4": [(0, 0, 2, [5, 1, 0]), (1, 0, 1, [2, 6]), (1, 2, 0, [3, 4]), (1, 3, 0, [7])],
 }
-CASES = [("llama", torch.float32), ("llama", torch.float64), ("deepseek", torch.float32), ("deepseek", torch.float64)]
+KINDS = ("llama", "deepseek", "deepseek-v2", "deepseek-v2-lite")
+CASES = [(kind, dtype) for kind in KINDS for dtype in (torch.float32, torch.float64)]
+MIXED = "cp 1, 2, 4"
+UNLIFTED = "deepseek float64, router scores in fp32"
+SUMMED = "deepseek-v2 float64, groups by the sum of their best"
+SPREAD = "deepseek-v2 float64 cp 1, 2, 4, ep 2"
 
 
 def main(result_path: str) -> None:
@@ -65,16 +84,27 @@ def main(result_path: str) -> None:
     parallel_state.initialize_model_parallel()
     groups = CpGroups.create((2, 4), parallel_state.get_data_parallel_group(), timedelta(minutes=1))
     store = store_of_steps()
-    judged: list[Any] = [None] * len(CASES)
-    dist.all_gather_object(judged, judge(*CASES[dist.get_rank()], store))  # each rank runs one of the four
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts: list[Any] = [None] * ranks
+    dist.all_gather_object(parts, {case: judge(*case, store) for case in CASES[rank::ranks]})
+    judged = {case: losses for part in parts for case, losses in part.items()}
     results = {}
-    for (kind, dtype), theirs in zip(CASES, judged, strict=True):
-        with lifted() if dtype == torch.float64 else contextlib.nullcontext():
-            for name in PACKS:
-                ours = train(kind, dtype, store, groups, PACKS[name])
-                results[f"{kind} {str(dtype)[6:]} {name}"] = {"losses": ours, "judge": theirs}
-    ours = train("deepseek", torch.float64, store, groups, PACKS["cp 1, 2, 4"])
-    results["deepseek float64, router scores in fp32"] = {"losses": ours, "judge": judged[-1]}
+
+    def compare(name: str, kind: str, dtype: torch.dtype, packs: str = MIXED, *, lift: bool = True) -> None:
+        with lifted() if lift and dtype == torch.float64 else contextlib.nullcontext():
+            ours = train(kind, dtype, store, groups, PACKS[packs])
+        results[name] = {"losses": ours, "judge": judged[kind, dtype]}
+
+    for kind, dtype in CASES:
+        for packs in PACKS if kind != "deepseek-v2-lite" else [MIXED]:  # its queries have nothing to do with packs
+            compare(f"{kind} {str(dtype)[6:]} {packs}", kind, dtype, packs)
+    compare(UNLIFTED, "deepseek", torch.float64, lift=False)
+    with mock.patch.object(PackedRouter, "_group_limited", lambda self, logits: None):
+        compare(SUMMED, "deepseek-v2", torch.float64)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2, expert_tensor_parallel_size=1)
+    groups = CpGroups.create((2, 4), parallel_state.get_data_parallel_group(), timedelta(minutes=1))
+    compare(SPREAD, "deepseek-v2", torch.float64)
     if dist.get_rank() == 0:
         Path(result_path).write_text(json.dumps(results))
     dist.destroy_process_group()
@@ -103,6 +133,11 @@ class _WideTorch:
 
     float32 = torch.float64
 
+    @staticmethod
+    def polar(radius: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        """V2's fp32 rotary table by cos and sin, as everyone else's: polar is an ulp off, 7e-11 in the loss."""
+        return torch.complex(radius * angle.cos(), radius * angle.sin())
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
@@ -116,7 +151,7 @@ def lifted() -> Iterator[None]:
         return self if self.dtype == torch.float64 else to_float(self, *args, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        for module in (modeling_llama, modeling_deepseek_v3, moe_utils):
+        for module in (modeling_llama, modeling_deepseek_v2, modeling_deepseek_v3, moe_utils):
             stack.enter_context(mock.patch.object(module, "torch", _WideTorch()))
         stack.enter_context(mock.patch.object(torch.Tensor, "float", keep))
         yield
@@ -133,13 +168,25 @@ def hugging_face(kind: str, dtype: torch.dtype) -> torch.nn.Module:
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common, num_key_value_heads=2, rms_norm_eps=1e-5))
     else:
-        config = DeepseekV3Config(
-            **common, num_key_value_heads=8, rms_norm_eps=1e-6, moe_intermediate_size=16, n_routed_experts=8,
-            n_shared_experts=2, num_experts_per_tok=2, first_k_dense_replace=1, n_group=1, topk_group=1,
-            norm_topk_prob=True, routed_scaling_factor=2.5, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
-            qk_rope_head_dim=4, v_head_dim=8, rope_interleave=True, experts_implementation="eager",
-        )  # fmt: skip
-        model = DeepseekV3ForCausalLM(config)
+        common |= {
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "moe_intermediate_size": 16, "n_shared_experts": 2,
+            "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "q_lora_rank": 24, "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "experts_implementation": "eager",
+        }  # fmt: skip
+        if kind == "deepseek":
+            config = DeepseekV3Config(
+                **common, n_routed_experts=8, num_experts_per_tok=2, n_group=1, topk_group=1, norm_topk_prob=True,
+                rope_interleave=True,
+            )  # fmt: skip
+            model = DeepseekV3ForCausalLM(config)
+        else:
+            if kind == "deepseek-v2-lite":
+                common["q_lora_rank"] = None
+            config = DeepseekV2Config(
+                **common, n_routed_experts=12, num_experts_per_tok=4, n_group=4, topk_group=2,
+                topk_method="group_limited_greedy",
+            )  # fmt: skip
+            model = DeepseekV2ForCausalLM(config)
     return model.to(dtype).train()
 
 
@@ -216,6 +263,12 @@ def megatron(kind: str, dtype: torch.dtype) -> list:
             "layernorm_epsilon": 1e-6, "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False,
             "moe_router_topk_scaling_factor": 2.5,
         }  # fmt: skip
+    elif kind != "llama":
+        changes = {
+            "layernorm_epsilon": 1e-6, "num_moe_experts": 12, "moe_router_topk": 4, "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2, "moe_router_topk_scaling_factor": 2.5,
+            **({"q_lora_rank": None} if kind == "deepseek-v2-lite" else {}),
+        }  # fmt: skip
     return build("dense" if kind == "llama" else "moe", dtype, **changes)
 
 
@@ -233,6 +286,7 @@ PLAIN = {
     "self_attention.linear_proj": "self_attn.o_proj", "mlp.linear_fc2": "mlp.down_proj", "mlp.router": "mlp.gate",
     "mlp.shared_experts.linear_fc2": "mlp.shared_experts.down_proj",
     "self_attention.linear_q_down_proj": "self_attn.q_a_proj", "self_attention.linear_q_up_proj": "self_attn.q_b_proj",
+    "self_attention.linear_q_proj": "self_attn.q_proj",
     "self_attention.linear_kv_down_proj": "self_attn.kv_a_proj_with_mqa",
     "self_attention.linear_kv_up_proj": "self_attn.kv_b_proj",
     "self_attention.q_layernorm": "self_attn.q_a_layernorm", "self_attention.kv_layernorm": "self_attn.kv_a_layernorm",
@@ -259,8 +313,10 @@ def _weight_of(name: str, config: Any, theirs: dict[str, torch.Tensor]) -> torch
     if part.startswith("mlp.experts.local_experts."):
         expert, matrix = part.removeprefix("mlp.experts.local_experts.").split(".")
         stacked = f"{prefix}mlp.experts.{'gate_up_proj' if matrix == 'linear_fc1' else 'down_proj'}"
-        last = int(expert) == config.num_moe_experts - 1
-        return (theirs.pop(stacked) if last else theirs[stacked])[int(expert)]
+        held = config.num_moe_experts // config.expert_model_parallel_size
+        last = int(expert) == held - 1
+        first = parallel_state.get_expert_model_parallel_rank() * held
+        return (theirs.pop(stacked) if last else theirs[stacked])[first + int(expert)]
     assert part.endswith("linear_fc1"), name
     where = prefix + part.removesuffix("linear_fc1")
     return torch.cat([theirs.pop(f"{where}{x}_proj.weight") for x in ("gate", "up")])

@@ -3,17 +3,20 @@
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.recompute import RecomputeSwitch
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.types import Tier
 from megatron_hbp.training import feed, forward
+from megatron_hbp.training.hooks import pipeline_arguments
 from tests.equivalence.plans import MemoryStore, plan_of
 
 Packs = Sequence[tuple[int, int, int, int, Sequence[int]]]
@@ -45,7 +48,13 @@ class Stepper:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
             chunk.module.config.variable_seq_lengths = not fixed_shapes
-        with micro_batch_context.on_bind(RecomputeSwitch(self.chunks)):
+        over_the_wire = mock.patch.object(
+            P2PCommunicator, "_communicate_shapes", side_effect=AssertionError("a shape was sent over the wire")
+        )
+        planned = pipeline_arguments(self.chunks, feeds[0], 0)
+        if planned:  # else there is nothing to see
+            assert len({shape[0] for shape in planned["p2p_communicator"].shapes}) > 1
+        with micro_batch_context.on_bind(RecomputeSwitch(self.chunks)), over_the_wire:
             self.losses = get_forward_backward_func()(
                 forward_step_func=forward.make_forward_step(),
                 data_iterator=feeds if len(feeds) > 1 else feeds[0],
@@ -54,6 +63,7 @@ class Stepper:
                 seq_length=tiers[0].local_tokens,
                 micro_batch_size=1,
                 forward_only=False,
+                **planned,
             )
         return named_gradients(self.chunks)
 

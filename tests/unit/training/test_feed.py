@@ -164,6 +164,14 @@ def test_cyclic_goes_round(feed):
     assert places([next(feed(0, cyclic=True, first_step=3))]) == [(1, 0, 2)]
 
 
+@pytest.mark.parametrize("settings", [{}, {"unit": 3}, {"full_length": True}])
+def test_lengths_are_known_without_the_tokens(feed, settings):
+    for rank in range(4):
+        fed = feed(rank, **settings)
+        for batch in list(fed):
+            assert fed.local_tokens(batch.step, batch.slot) == batch.tokens.shape[1]
+
+
 def test_joint_recompute_is_one_policy_a_slot(feed):
     alone = [[m.context.recompute for m in feed(rank)] for rank in range(4)]
     assert alone == [[SELECTIVE, FULL, Recompute()], [SELECTIVE, FULL, Recompute()],

@@ -15,14 +15,18 @@ import numpy as np
 import pytest
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import p2p_communication, schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.training import checkpointing, training
 
 from megatron_hbp.errors import PlanError
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import loss
 from megatron_hbp.model.recompute import FLAGS
+from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
 from megatron_hbp.planning.types import Tier
 from megatron_hbp.training import hooks
+from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
 from tests.equivalence.plans import plan_of
 
@@ -113,6 +117,29 @@ def test_checkpoints_are_checked_before_the_model_is_loaded():
     assert check.lineno < min(call.lineno for call in calls(body, "load_model_state_dict"))
 
 
+# ---------------------------------------------------------------- megatron.core, as pipeline_shapes.py uses it
+
+
+def test_the_schedule_takes_a_communicator_and_its_groups():
+    schedule = schedules.forward_backward_pipelining_without_interleaving
+    assert {"p2p_communicator", "pg_collection"} <= set(parameters(schedule))
+    assert parameters(P2PCommunicator.__init__) == ["self", "pp_group", "config"]
+
+
+def test_shapes_are_asked_in_one_place():
+    order = ["tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next"]
+    assert parameters(P2PCommunicator._communicate_shapes) == ["self", *order]
+    assert parameters(PlannedP2PCommunicator._communicate_shapes) == ["self", *order]
+    asked = [
+        n for n in ast.walk(tree_of(p2p_communication)) if isinstance(n, ast.Call)
+        and isinstance(n.func, ast.Attribute) and n.func.attr == "_communicate_shapes"
+    ]  # fmt: skip
+    assert [[argument.id for argument in call.args] for call in asked] == [order]  # type: ignore[attr-defined]
+    body = ast.unparse(ast.parse(inspect.getsource(P2PCommunicator).lstrip()))
+    assert "recv_prev_shape, recv_next_shape = self._communicate_shapes(" in body
+    assert "if config.variable_seq_lengths or" in body
+
+
 # ---------------------------------------------------------------- what the hooks do with it
 
 
@@ -132,7 +159,7 @@ def args(monkeypatch, plan):
 
 def test_install_replaces_what_megatron_calls(monkeypatch, plan):
     names = [(training, name) for name in ("get_forward_backward_func", "training_log", "evaluate")]
-    names += [(checkpointing, "check_checkpoint_args")]
+    names += [(checkpointing, "check_checkpoint_args"), (checkpointing, "_load_base_checkpoint")]
     before = {(module, name): getattr(module, name) for module, name in names}
     for (module, name), value in before.items():
         monkeypatch.setattr(module, name, value)  # put back after the test
@@ -164,8 +191,25 @@ def test_a_schedule_runs_the_micro_batches_of_its_step(plan, args):
 class StubModel:
     """A model without modules."""
 
+    config = SimpleNamespace(pipeline_model_parallel_size=1, variable_seq_lengths=False, hidden_size=8)
+
     def modules(self):
         return iter(())
+
+
+@pytest.mark.parametrize("wrap", [lambda feed: feed, lambda feed: SimpleNamespace(iterable=feed)])
+def test_stages_of_varying_shapes_are_told_them(monkeypatch, plan, wrap):
+    made = []
+    groups = SimpleNamespace(pp="the pipeline")
+    monkeypatch.setattr(hooks.ProcessGroupCollection, "use_mpu_process_groups", lambda: groups)
+    monkeypatch.setattr(hooks, "PlannedP2PCommunicator", lambda *args: made.append(args) or "communicator")
+    monkeypatch.setattr(StubModel, "config", SimpleNamespace(pipeline_model_parallel_size=2, variable_seq_lengths=True))
+    feed = Feed(plan=plan, store=None, groups=None, rank=0, unit=1, full_length=False, device=None)  # type: ignore[arg-type]
+
+    told = hooks.pipeline_arguments([StubModel()], wrap(feed), 1)
+
+    assert told == {"p2p_communicator": "communicator", "pg_collection": groups}
+    assert made == [("the pipeline", StubModel.config, [4, 5, 6])]
 
 
 def test_a_checkpoint_of_this_plan_or_of_none_goes_on_to_megatrons_checks(args):
@@ -197,6 +241,25 @@ def test_a_checkpoint_of_another_plan_names_both(args):
         check(SimpleNamespace(hbp_plan_hash="f" * 64))
     for part in ("f" * 12, args.hbp_plan_hash[:12], "DIR", "--finetune"):
         assert part in str(refused.value)
+
+
+def test_a_checkpoint_of_another_plan_is_refused_before_its_tensors_are_read(args):
+    args.finetune = False
+    states = [None, {}, {"args": SimpleNamespace()}, {"args": SimpleNamespace(hbp_plan_hash="f" * 64)}]
+    load = hooks._same_plan_early(lambda state, args, rank0: (state, "name", False, None))
+    for state in states[:3]:
+        assert load(state, None, rank0=True)[0] is state
+    with pytest.raises(PlanError, match="--finetune"):
+        load(states[3], None, rank0=True)
+    args.finetune = True
+    assert load(states[3], None, rank0=True)[0] is states[3]
+
+
+def test_what_all_ranks_share_is_read_before_the_tensors():
+    body = function(checkpointing, "load_checkpoint")
+    first, second = sorted(calls(body, "_load_base_checkpoint"), key=lambda call: call.lineno)
+    told = [{word.arg: ast.unparse(word.value) for word in call.keywords}.get("rank0") for call in (first, second)]
+    assert told == ["True", "False"]
 
 
 def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan):

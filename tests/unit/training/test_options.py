@@ -131,12 +131,6 @@ def test_valid_plan_for_other_ranks_is_refused(files):
     assert "hbp plan --ranks" in str(refused.value)
 
 
-def test_zigzag_is_refused(files):
-    tiers = (TIERS[0], dataclasses.replace(TIERS[1], layout="zigzag"))
-    with pytest.raises(ConfigError, match="only contiguous layouts can be trained"):
-        read("--hbp-plan", files.plan(tiers=tiers), "--hbp-store", files.store())
-
-
 # ---------------------------------------------------------------- implied_flags
 
 
@@ -202,10 +196,10 @@ def test_the_users_flags_go_last(files, monkeypatch):
     assert sys.argv[1:] == ["--distributed-backend", "gloo", *options.implied_flags(loaded(files)), *user]
 
 
-def test_our_flags_are_strings_for_megatrons_checkpoints():
+def test_our_flags_are_plain_values_for_megatrons_checkpoints():
     parser = options.add_hbp_arguments(argparse.ArgumentParser())
     values = vars(parser.parse_args(["--hbp-plan", "p", "--hbp-store", "s", "--hbp-metrics", "m"]))
-    assert all(value is None or type(value) is str for value in values.values())
+    assert all(value is None or type(value) in (str, float) for value in values.values())
 
 
 # ---------------------------------------------------------------- check_together
@@ -214,11 +208,12 @@ def test_our_flags_are_strings_for_megatrons_checkpoints():
 def megatron(**changes: object) -> SimpleNamespace:
     """Megatron-LM's arguments as a run of this plan has them."""
     values: dict[str, object] = {
-        **dict.fromkeys(("hybrid_context_parallel", "sft", "variable_seq_lengths"), False),
+        **dict.fromkeys(("hybrid_context_parallel", "sft"), False),
         **dict.fromkeys(("data_path", "mtp_num_layers", "rampup_batch_size", "num_experts", "recompute_granularity")),
         **dict.fromkeys(("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"), 1),
         "micro_batch_size": 1, "calculate_per_token_loss": True, "dataloader_type": "external",
         "data_parallel_size": 2, "world_size": 2, "train_iters": 2, "seq_length": 32,
+        "virtual_pipeline_model_parallel_size": None, "moe_token_dispatcher_type": "alltoall",
         "iterations_to_skip": [], "cuda_graph_impl": "none", "moe_aux_loss_coeff": 0.0,
     }  # fmt: skip
     assert changes.keys() <= values.keys()
@@ -231,7 +226,7 @@ def megatron(**changes: object) -> SimpleNamespace:
         {},
         {"num_experts": 8, "moe_aux_loss_coeff": 0.01},
         {"train_iters": 1},
-        {"pipeline_model_parallel_size": 2, "variable_seq_lengths": True},
+        {"pipeline_model_parallel_size": 2},
     ],
 )
 def test_what_goes_together(files, changes):
@@ -284,12 +279,26 @@ def test_gang_is_refused(files):
         options.check_together(megatron(), loaded(files, schedule="gang"))
 
 
-def test_pipeline_stages_want_equal_local_tokens(files):
-    pipelined = megatron(pipeline_model_parallel_size=2, world_size=4)
-    with pytest.raises(ConfigError, match=r"the same local tokens \(they have \[16, 32\]\), or --variable-seq-lengths"):
-        options.check_together(pipelined, loaded(files))
+def test_pipeline_stages_of_unequal_local_tokens(files):
     equal = (Tier(packing_length=32), Tier(packing_length=64, cp_degree=2))
-    options.check_together(pipelined, loaded(files, tiers=equal))
+    stages = {"pipeline_model_parallel_size": 2, "world_size": 4}
+    interleaved = megatron(**stages, virtual_pipeline_model_parallel_size=2)
+    for args in (megatron(**stages), interleaved):
+        options.check_together(args, loaded(files, tiers=equal))
+        assert not options.shapes_vary(args, loaded(files, tiers=equal))
+    options.check_together(megatron(**stages), loaded(files))
+    assert options.shapes_vary(megatron(**stages), loaded(files)) and not options.shapes_vary(megatron(), loaded(files))
+    with pytest.raises(ConfigError, match=r"same local tokens \(they have \[16, 32\].* or leave out --num-layers-per"):
+        options.check_together(interleaved, loaded(files))
+    experts = megatron(**stages, num_experts=8, moe_token_dispatcher_type="allgather")
+    with pytest.raises(ConfigError, match=r"--moe-token-dispatcher-type allgather .*: use alltoall"):
+        options.check_together(experts, loaded(files))
+
+
+def test_held_out_tiers_count_too(files):
+    stages = megatron(pipeline_model_parallel_size=2, world_size=4)
+    equal = loaded(files, tiers=(Tier(packing_length=32), Tier(packing_length=64, cp_degree=2)))
+    assert options.shapes_vary(stages, dataclasses.replace(equal, valid=loaded(files).train))
 
 
 def test_description_is_one_line_of_json(files):

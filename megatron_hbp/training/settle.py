@@ -1,0 +1,96 @@
+"""Which exchange every tier runs with: the tier's own, a flag's, or the one with the fewest modelled seconds."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.exchange import AUTO, EXCHANGES, AttentionShape, Exchange, Machine, choose, refusal
+from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.types import Kernel, Tier
+
+
+def attention_shape(args: Any) -> AttentionShape:
+    """Heads and widths on one tensor-parallel rank, from Megatron-LM's arguments."""
+    heads = args.num_attention_heads
+    if args.multi_latent_attention:
+        shape = AttentionShape(
+            num_query_heads=heads,
+            num_kv_heads=heads,
+            qk_width=args.qk_head_dim + args.qk_pos_emb_head_dim,
+            v_width=args.v_head_dim,
+            q_latent=args.q_lora_rank or args.hidden_size,
+            kv_latent=args.kv_lora_rank,
+            rope_width=args.qk_pos_emb_head_dim,
+        )
+    else:
+        width = args.kv_channels or args.hidden_size // heads
+        kv_heads = args.num_query_groups if args.group_query_attention else heads
+        shape = AttentionShape(num_query_heads=heads, num_kv_heads=kv_heads, qk_width=width, v_width=width)
+    return shape.on_tensor_parallel_rank(args.tensor_model_parallel_size)
+
+
+def machine_of(args: Any) -> Machine:
+    """The cluster as far as this process knows it: ranks in a node, and the link speeds of the flags."""
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
+    return Machine(
+        node_size=max(1, devices // args.tensor_model_parallel_size),
+        node_bandwidth=args.hbp_node_bandwidth * 1e9,
+        cluster_bandwidth=args.hbp_cluster_bandwidth * 1e9,
+    )
+
+
+def settle_tiers(
+    plan: Plan, shape: AttentionShape, machine: Machine, *, exchange: Exchange | None, kernel: Kernel | None
+) -> tuple[tuple[Tier, ...], list[str]]:
+    """The plan's tiers without an `auto` exchange, and a line for the log for each tier that exchanges.
+
+    Args:
+        plan: the schedule; its packs say how long the samples of a tier are.
+        shape: attention on one tensor-parallel rank.
+        machine: what exchanges are priced with.
+        exchange: overrides that of all tiers.
+        kernel: overrides that of all tiers.
+
+    Raises:
+        ConfigError: a named exchange cannot be used with this model and degree.
+    """
+    tiers, lines = [], []
+    for index, tier in enumerate(plan.tiers):
+        tier = replace(tier, exchange=exchange or tier.exchange, kernel=kernel or tier.kernel)
+        if tier.cp_degree == 1:
+            tiers.append(replace(tier, exchange="a2a", layout=AUTO))
+            continue
+        if tier.exchange == AUTO:
+            chosen, reason = _cheapest(tier, plan.pack_squares[plan.pack_tier == index], shape, machine)
+            tier = replace(tier, exchange=chosen)
+        elif refused := refusal(tier.exchange, shape, tier.cp_degree):
+            raise ConfigError(
+                f"tier {tier}: exchange {tier.exchange} cannot be used: {refused}; leave the exchange out, or give "
+                f"--hbp-exchange with one of {', '.join(e for e in EXCHANGES if not refusal(e, shape, tier.cp_degree))}"
+            )
+        else:
+            reason = f"{tier.exchange} (as asked for)"
+        tiers.append(tier)
+        lines.append(f"tier {plan.tiers[index]}: exchange {reason}")
+    return tuple(tiers), lines
+
+
+def _cheapest(tier: Tier, squares: np.ndarray, shape: AttentionShape, machine: Machine) -> tuple[Exchange, str]:
+    """Name and reason; a pack of the tier is full and has the median of its packs' summed squares."""
+    choice = choose(
+        shape,
+        cp_degree=tier.cp_degree,
+        tokens=tier.packing_length,
+        squares=float(np.median(squares)) if len(squares) else float(tier.packing_length),
+        machine=machine,
+    )
+    for price in choice.prices:
+        try:  # zigzag wants packing lengths that twice the degree divides
+            replace(tier, exchange=price.exchange)
+        except ConfigError:
+            continue
+        return price.exchange, replace(choice, exchange=price.exchange).reason
+    raise AssertionError("a2a and the contiguous layout suit every tier that another exchange suits")
