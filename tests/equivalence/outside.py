@@ -39,8 +39,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.types import Tier  # noqa: E402
 from megatron_hbp.training import feed, forward  # noqa: E402
-from tests.equivalence.models import VOCABULARY  # noqa: E402
-from tests.equivalence.optimizer import build  # noqa: E402
+from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
 
 STEPS, SUPERVISED = 10, 128
@@ -216,7 +215,7 @@ def megatron(kind: str, dtype: torch.dtype) -> list:
             "layernorm_epsilon": 1e-6, "moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False,
             "moe_router_topk_scaling_factor": 2.5,
         }  # fmt: skip
-    return build("dense" if kind == "llama" else "moe", dtype, **changes)
+    return build("dense" if kind == "llama" else "moe", dtype=dtype, **changes)
 
 
 def load(model: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> None:
