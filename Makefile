@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 # New constraints or a new pyproject.toml make a new stamp, and so a new installation; nothing else does.
 STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 
-.PHONY: setup demo test test-slow check clean
+.PHONY: setup demo test test-slow coverage-table check clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,9 @@ test: setup
 
 test-slow: setup
 	@$(PYTHON) -m pytest -m slow
+
+coverage-table: setup
+	@$(PYTHON) -m tests.equivalence.coverage
 
 check: setup
 	@$(VENV)/bin/ruff check .

@@ -34,8 +34,7 @@ from megatron_hbp.model.recompute import RecomputeSwitch, install_context_captur
 from megatron_hbp.planning.types import Recompute  # noqa: E402
 from megatron_hbp.training.feed import MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
-from tests.equivalence.models import VOCABULARY, transformer_config  # noqa: E402
-from tests.equivalence.optimizer import build  # noqa: E402
+from tests.equivalence.models import VOCABULARY, build, transformer_config  # noqa: E402
 from tests.launching import launch  # noqa: E402
 from tests.unit.model.packs import context_of, micro_batch_of  # noqa: E402
 
@@ -101,7 +100,7 @@ def policies(kind: str) -> dict[str, Recompute]:
 
 def recompute_table(kind: str) -> Table:
     """Saved bytes and time of a forward and backward by policy, fp32."""
-    model = build(kind, torch.float32, num_layers=LAYERS, **SIZES[kind])[0]
+    model = build(kind, dtype=torch.float32, num_layers=LAYERS, **SIZES[kind])[0]
     model.train()
     table = table_of(
         f"{kind}: {LAYERS} layers, hidden 256, one pack of {sum(LENGTHS):,} tokens, CP 1, fp32, median of 5",
@@ -224,7 +223,7 @@ def bind_table() -> Table:
         "model", "policy", "flags", "us", "met",
     )  # fmt: skip
     for kind in SIZES:
-        switch = RecomputeSwitch(build(kind, torch.float32, num_layers=32))
+        switch = RecomputeSwitch(build(kind, dtype=torch.float32, num_layers=32))
         plain = context_of([8, 8])
         every = dataclasses.replace(plain, recompute=list(policies(kind).values())[len(MODULES[kind]) + 1])
         full = dataclasses.replace(plain, recompute=Recompute(granularity="full", num_layers=20))

@@ -1,4 +1,4 @@
-"""Tiny dense and DeepSeek-V2-style models in fp64, built by Megatron-LM from our specs, for exactness tests."""
+"""Tiny dense and DeepSeek-V2-style models, fp64 unless asked, built by Megatron-LM from our specs, for exactness."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ VOCABULARY = 64
 
 
 def transformer_config(kind: str, **changes: Any) -> TransformerConfig:
-    """"dense": GQA, SwiGLU, RMSNorm, RoPE. "moe": MLA, shared and routed experts, first layer dense; `changes` last."""
+    """Dense: GQA, SwiGLU, RMSNorm, RoPE. "moe": MLA, shared and routed experts, first layer dense; `changes` last."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
     vp = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     common: dict[str, Any] = dict(  # noqa: C408
@@ -75,12 +75,24 @@ def transformer_config(kind: str, **changes: Any) -> TransformerConfig:
     return MLATransformerConfig(**{**common, **moe, **changes})
 
 
-def build(kind: str, *, packed: bool = True, max_length: int = 256, seed: int = 7, **changes: Any) -> list:
+def build(
+    kind: str,
+    *,
+    packed: bool = True,
+    max_length: int = 256,
+    seed: int = 7,
+    dtype: torch.dtype = torch.float64,
+    distributed_optimizer: bool = False,
+    **changes: Any,
+) -> list:
     """The model's chunks; `packed=False` builds Megatron-LM's own model, untouched, for a single sample at a time."""
+    types: dict[str, Any] = {"params_dtype": dtype, "pipeline_dtype": dtype}
+    if kind == "moe":
+        types["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
     config = GPTModelConfig(
-        transformer=transformer_config(kind, **changes),
+        transformer=transformer_config(kind, **{**types, **changes}),
         vocab_size=VOCABULARY,
         seq_length=max_length,
         position_embedding_type="rope",
@@ -88,9 +100,11 @@ def build(kind: str, *, packed: bool = True, max_length: int = 256, seed: int = 
     if packed:
         config = with_packed_model(config)
     # Megatron-LM's torch norm ignores params_dtype; DDP hooks hold on to parameters, so convert before it wraps them
-    config.pre_wrap_hooks.append(lambda chunks: [chunk.double() for chunk in chunks])
+    config.pre_wrap_hooks.append(lambda chunks: [chunk.to(dtype) for chunk in chunks])
     return GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
-        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=False),
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=False, use_distributed_optimizer=distributed_optimizer
+        ),
         data_parallel_random_init=False,
     )

@@ -53,8 +53,7 @@ from megatron_hbp.model.router import PackedRouter  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.types import Tier  # noqa: E402
 from megatron_hbp.training import feed, forward  # noqa: E402
-from tests.equivalence.models import VOCABULARY  # noqa: E402
-from tests.equivalence.optimizer import build  # noqa: E402
+from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
 
 STEPS, SUPERVISED = 10, 128
@@ -269,7 +268,7 @@ def megatron(kind: str, dtype: torch.dtype) -> list:
             "moe_router_group_topk": 2, "moe_router_topk_scaling_factor": 2.5,
             **({"q_lora_rank": None} if kind == "deepseek-v2-lite" else {}),
         }  # fmt: skip
-    return build("dense" if kind == "llama" else "moe", dtype, **changes)
+    return build("dense" if kind == "llama" else "moe", dtype=dtype, **changes)
 
 
 def load(model: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ so a pack whose positions run on gives the same gradients, and the positions the
 """
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,16 @@ from tests.equivalence.worker import BREAKAGES  # noqa: E402
 
 LENGTHS = [17, 5, 40, 23, 31, 9, 60, 33, 50, 11, 8, 25]
 FULL = Recompute(granularity="full", num_layers=1)
+MODULES = {"dense": ("core_attn",), "moe": ("core_attn", "mla_up_proj", "moe")}
+"""core_attn reads the borders of samples, moe the padding; mla_up_proj is handed its rotary table and reads nothing."""
+POLICIES = {
+    kind: {
+        "none": Recompute(),
+        "full": FULL,
+        **{name: Recompute(granularity="selective", modules=(name,)) for name in modules},
+    }
+    for kind, modules in MODULES.items()
+}
 # (step, slot, rank0, tier, samples) of two data-parallel ranks; tier 1 is that of CP 2
 TWO_RANKS = [(0, 0, 0, 1, [0, 1, 2]), (0, 1, 0, 1, [3, 4, 5]), (0, 2, 0, 1, [6, 7]), (0, 3, 0, 1, [8, 9, 10, 11])]
 FOUR_RANKS = [
@@ -215,15 +226,28 @@ def reads_the_current() -> Iterator[None]:
 def other_micro_batch(results: dict[str, Any]) -> None:
     """1F1B over two stages: when one micro-batch is recomputed, the next has already run forward on the first stage."""
     parallel_state.initialize_model_parallel(1, 2)
-    stepper = stepper_of("dense", (1, 2), num_layers=4)
-    yard = stepper.gradients(TWO_RANKS, tiers_of(1, 2), fixed_shapes=True)
-    for name, policy in {"no recompute": Recompute(), "full recompute": FULL}.items():
-        tiers = tiers_of(1, 2, policy=policy)
-        results[f"pp2 {name}, captured"] = worst(stepper.gradients(TWO_RANKS, tiers, fixed_shapes=True), yard)
-        with reads_the_current():
-            error = worst(stepper.gradients(TWO_RANKS, tiers, fixed_shapes=True), yard)
-        results[f"pp2 {name}, reads the current"] = error
-    # with the context bound for the forward only, a recompute that does not keep it finds none; every rank alone
+    dense = stepper_of("dense", (1, 2), num_layers=2)
+    # on the last stage every micro-batch is recomputed before the next one runs: the first must have an MoE layer
+    loss = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
+    moe = stepper_of("moe", (1, 2), num_layers=2, moe_layer_freq=[1, 1], **loss)
+    for kind, stepper in {"dense": dense, "moe": moe}.items():
+        at_cp1 = stepper.gradients(TWO_RANKS, [Tier(packing_length=128)] * 2, fixed_shapes=True)
+        kept = stepper.gradients(TWO_RANKS, tiers_of(1, 2), fixed_shapes=True)
+        for name, policy in POLICIES[kind].items():
+            step = functools.partial(stepper.gradients, TWO_RANKS, tiers_of(1, 2, policy=policy), fixed_shapes=True)
+            mine = step()
+            results[f"pp2 {kind} {name}, captured"] = worst(mine, kept)
+            results[f"pp2 {kind} {name}, correct code"] = worst(mine, at_cp1)
+            with reads_the_current():
+                results[f"pp2 {kind} {name}, reads the current"] = worst(step(), kept)
+            if kind == "moe":
+                with static_group():
+                    results[f"pp2 {kind} {name}, static group"] = worst(step(), at_cp1)
+    results["recompute without a context"] = refusal(dense)
+
+
+def refusal(stepper: Stepper) -> str:
+    """What a recompute without its context says where that is bound for the forward only; every rank alone."""
     micro_batch = next(
         feed.Feed(
             plan=plan_of([(0, 0, r, 0, [r]) for r in range(2)], tiers=tiers_of(1, policy=FULL),
@@ -244,7 +268,7 @@ def other_micro_batch(results: dict[str, Any]) -> None:
             out.sum().backward()
         except AssertionError as error:
             refused = str(error)
-    results["recompute without a context"] = refused
+    return refused
 
 
 def rotary_of(stepper: Stepper) -> torch.Tensor:

@@ -10,6 +10,14 @@ EXACT, SEEN = 1e-12, 1e-3
 MODELS = pytest.mark.parametrize("model", ["dense", "moe"])
 LOSSES = pytest.mark.parametrize("loss", ["aux_loss", "seq_aux_loss"])
 
+RECOMPUTED = pytest.mark.parametrize(
+    "model, policy",
+    [
+        ("dense", "full"), ("dense", "core_attn"),
+        ("moe", "full"), ("moe", "core_attn"), ("moe", "moe"),
+    ],
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
@@ -45,10 +53,23 @@ def test_balance_losses_over_the_wrong_tokens(found, loss, breakage):
     assert found[f"{loss} {breakage}"] > SEEN
 
 
-def test_recompute_that_reads_the_current_micro_batch(found):
-    assert found["pp2 full recompute, captured"] == found["pp2 no recompute, captured"] == 0.0
-    assert found["pp2 no recompute, reads the current"] == 0.0  # the breakage is one of recompute only
-    assert found["pp2 full recompute, reads the current"] > SEEN
+@RECOMPUTED
+def test_recompute_that_reads_the_current_micro_batch(found, model, policy):
+    assert found[f"pp2 {model} {policy}, captured"] == 0.0
+    assert found[f"pp2 {model} {policy}, correct code"] < EXACT
+    assert found[f"pp2 {model} none, reads the current"] == 0.0  # the breakage is one of recompute only
+    assert found[f"pp2 {model} {policy}, reads the current"] > SEEN
+
+
+def test_latent_projections_read_no_micro_batch(found):
+    """Their rotary table is made outside of what is recomputed: nothing to capture, nothing to break."""
+    assert found["pp2 moe mla_up_proj, captured"] == found["pp2 moe mla_up_proj, reads the current"] == 0.0
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "core_attn", "mla_up_proj", "moe"])
+def test_static_group_of_the_balance_loss_over_stages(found, policy):
+    assert found[f"pp2 moe {policy}, correct code"] < EXACT
+    assert found[f"pp2 moe {policy}, static group"] > SEEN
 
 
 def test_recompute_without_its_context_fails(found):
