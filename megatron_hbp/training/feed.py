@@ -95,9 +95,20 @@ class Feed:
     def _iterate(self, first_step: int, cyclic: bool) -> Iterator[MicroBatch]:
         step = first_step
         while cyclic or step < self.plan.num_steps:
-            for slot in range(int(self.plan.num_micro_batches[step % self.plan.num_steps])):
+            for slot in self.slots(step % self.plan.num_steps):
                 yield self.micro_batch(step % self.plan.num_steps, slot)
             step += 1
+
+    def slots(self, step: int) -> list[int]:
+        """The slots of `step` that this rank runs, in order.
+
+        In lockstep all of them, a dummy where it has no pack. In a gang schedule those where it has one; ranks meet
+        once a step, and a rank without any pack comes with one dummy.
+        """
+        every = range(int(self.plan.num_micro_batches[step]))
+        if self.plan.schedule == "lockstep":
+            return list(every)
+        return [slot for slot in every if self.plan.pack_at(step, slot, self.rank) >= 0] or [0]
 
     def local_tokens(self, step: int, slot: int) -> int:
         """Padded tokens of this rank in `slot` of `step`, from the plan alone: all its pipeline stages know them."""

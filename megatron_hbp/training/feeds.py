@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 
 from megatron_hbp.parallel.groups import CpGroups
+from megatron_hbp.training.agreement import check_agreement
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.options import HbpOptions
 from megatron_hbp.training.settle import attention_shape, machine_of, settle_tiers
@@ -53,6 +54,8 @@ def feeds_provider(options: HbpOptions) -> Provider:
             )
         train, valid = [*feeds, None][:2]
         assert train is not None
+        if not vp_stage:
+            check_agreement(train, train.tiers, parallel_state.get_data_parallel_group())
         return train, valid, None
 
     provider.is_distributed = True  # type: ignore[attr-defined]

@@ -58,13 +58,13 @@ def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | Non
             if forward_only:
                 assert valid_plan is not None
                 step = evaluations % valid_plan.num_steps
-                num_microbatches = int(valid_plan.num_micro_batches[step])
                 evaluations += 1
             else:
                 step = get_args().curr_iteration
-                num_microbatches = int(plan.num_micro_batches[step])
             chunks = model if isinstance(model, list) else [model]
-            rest |= pipeline_arguments(chunks, rest.get("data_iterator"), step)
+            feed = feed_of(rest["data_iterator"])
+            num_microbatches = len(feed.slots(step))
+            rest |= pipeline_arguments(chunks, feed, step)
             metrics.start(training=not forward_only)
             with micro_batch_context.on_bind(_switch_of(chunks)):
                 losses = schedule(model=model, num_microbatches=num_microbatches, forward_only=forward_only, **rest)
@@ -76,20 +76,26 @@ def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | Non
     return get_forward_backward_func
 
 
-def pipeline_arguments(chunks: list[Any], data_iterator: Any, step: int) -> dict[str, Any]:
+def feed_of(data_iterator: Any) -> Feed:
+    """The feed behind Megatron-LM's iterators: as it is, in a RerunDataIterator, or one for each virtual stage."""
+    first = data_iterator[0] if isinstance(data_iterator, list) else data_iterator
+    feed = getattr(first, "iterable", first)
+    assert isinstance(feed, Feed), f"Megatron-LM's data iterator is not our feed but {type(feed).__name__}"
+    return feed
+
+
+def pipeline_arguments(chunks: list[Any], feed: Feed, step: int) -> dict[str, Any]:
     """Arguments that let the schedule take shapes from the plan; none where stages exchange fixed ones, or nothing.
 
     Args:
         chunks: the model.
-        data_iterator: the feed of the plan whose step is run, as it is or in Megatron-LM's RerunDataIterator.
+        feed: that of the plan whose step is run.
         step: the step of that plan.
     """
     config = get_model_config(chunks[0])
     if config.pipeline_model_parallel_size == 1 or not config.variable_seq_lengths:
         return {}
-    feed = getattr(data_iterator, "iterable", data_iterator)
-    assert isinstance(feed, Feed), f"no feed to take shapes from: {type(feed).__name__}"
-    lengths = [feed.local_tokens(step, slot) for slot in range(int(feed.plan.num_micro_batches[step]))]
+    lengths = [feed.local_tokens(step, slot) for slot in feed.slots(step)]
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return {"p2p_communicator": PlannedP2PCommunicator(groups.pp, config, lengths), "pg_collection": groups}
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from megatron_hbp.errors import HbpError
+from megatron_hbp.errors import ConfigError, HbpError
 
 
 def main() -> None:
@@ -28,6 +28,7 @@ def run(argv: list[str]) -> None:
     from megatron_hbp.training.options import (
         HbpOptions,
         add_hbp_arguments,
+        build_for_every_policy,
         check_together,
         describe,
         implied_flags,
@@ -48,7 +49,11 @@ def run(argv: list[str]) -> None:
     args = parse_and_validate_args(extra_args_provider=add_hbp_arguments)
     if options.train is not None:
         check_together(args, options)
-    model = gpt_config_from_args(args)
+        build_for_every_policy(args, options)
+    try:
+        model = gpt_config_from_args(args)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"Megatron-LM refuses this model: {error}") from error
     if options.train is None:
         from megatron_hbp.training import plain
 

@@ -155,8 +155,9 @@ def check_together(args: Any, options: HbpOptions) -> None:
         )
     if args.train_iters > plan.num_steps:
         raise PlanError(f"--train-iters {args.train_iters} exceeds the plan's {plan.num_steps} steps")
-    if plan.schedule != "lockstep":
-        raise PlanError(f"the plan's schedule is {plan.schedule!r}, only lockstep plans can be trained so far")
+    for part in (options.train, options.valid):
+        if part is not None and part.plan.schedule != "lockstep":
+            _check_gang(args)
     if not shapes_vary(args, options):
         return
     lengths = _stage_lengths(options)
@@ -171,6 +172,33 @@ def check_together(args: Any, options: HbpOptions) -> None:
             f"--moe-token-dispatcher-type allgather needs tiers with the same local tokens (they have {lengths}) "
             f"under pipeline parallelism: use alltoall"
         )
+
+
+def _check_gang(args: Any) -> None:
+    """Ranks of a gang schedule run unequal numbers of micro-batches: nothing else may make them meet inside a step."""
+    for flag, is_set, meeting in (
+        ("--pipeline-model-parallel-size", args.pipeline_model_parallel_size > 1, "pipeline stages"),
+        ("--num-experts", args.num_experts, "experts"),
+        ("--overlap-grad-reduce", args.overlap_grad_reduce, "gradient buckets, in another order than the gangs,"),
+        ("--overlap-param-gather", args.overlap_param_gather, "parameter gathers, in another order than the gangs,"),
+    ):
+        if is_set:
+            raise ConfigError(
+                f"{flag} cannot be used with a plan of schedule 'gang': {meeting} would make ranks meet inside a step; "
+                f"drop it, or plan with --schedule lockstep"
+            )
+
+
+def build_for_every_policy(args: Any, options: HbpOptions) -> None:
+    """Have the model built for all modules that any tier recomputes; each micro-batch then uses its own tier's.
+
+    FP8 layers decide at construction what they save for the backward, and Megatron-LM checks modules against the model
+    where the config is made.
+    """
+    parts = [part for part in (options.train, options.valid) if part is not None]
+    modules = sorted({name for part in parts for tier in part.plan.tiers for name in tier.recompute.modules})
+    if modules:
+        args.recompute_granularity, args.recompute_modules = "selective", modules
 
 
 def shapes_vary(args: Any, options: HbpOptions) -> bool:

@@ -24,6 +24,7 @@ from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import loss
 from megatron_hbp.model.recompute import FLAGS
 from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
+from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.types import Tier
 from megatron_hbp.training import hooks
 from megatron_hbp.training.feed import Feed
@@ -176,16 +177,21 @@ def test_a_schedule_runs_the_micro_batches_of_its_step(plan, args):
 
     wrapped = hooks._planned_schedule(lambda **kwargs: schedule, plan, plan, RunMetrics(plan, None))
     forward_backward = wrapped(schedule_pg_collection=None)
+    feed = feed_for(plan)
     for step in (0, 1):
         args.curr_iteration = step
-        forward_backward(model=[StubModel()], num_microbatches=99, seq_length=7)
-    assert ran == [(1, False, 1, {"seq_length": 7}), (3, False, 1, {"seq_length": 7})]
+        forward_backward(model=[StubModel()], num_microbatches=99, data_iterator=feed)
+    assert ran == [(1, False, 1, {"data_iterator": feed}), (3, False, 1, {"data_iterator": feed})]
     ran.clear()
     evaluation = wrapped()
     for _ in range(3):  # evaluation counts its own steps, in a circle
-        evaluation(model=StubModel(), num_microbatches=99, forward_only=True)
+        evaluation(model=StubModel(), num_microbatches=99, forward_only=True, data_iterator=feed)
     assert [(count, forward) for count, forward, *_ in ran] == [(1, True), (3, True), (1, True)]
     assert not micro_batch_context._on_bind  # the recompute switch is registered during the schedule only
+
+
+def feed_for(plan: Plan) -> Feed:
+    return Feed(plan=plan, store=None, groups=None, rank=0, unit=1, full_length=False, device=None)  # type: ignore[arg-type]
 
 
 class StubModel:
@@ -198,15 +204,18 @@ class StubModel:
 
 
 @pytest.mark.parametrize("wrap", [lambda feed: feed, lambda feed: SimpleNamespace(iterable=feed)])
-def test_stages_of_varying_shapes_are_told_them(monkeypatch, plan, wrap):
+def test_the_feed_is_found_behind_megatrons_iterators(plan, wrap):
+    feed = feed_for(plan)
+    assert hooks.feed_of(wrap(feed)) is hooks.feed_of([wrap(feed), wrap(feed_for(plan))]) is feed
+
+
+def test_stages_of_varying_shapes_are_told_them(monkeypatch, plan):
     made = []
     groups = SimpleNamespace(pp="the pipeline")
     monkeypatch.setattr(hooks.ProcessGroupCollection, "use_mpu_process_groups", lambda: groups)
     monkeypatch.setattr(hooks, "PlannedP2PCommunicator", lambda *args: made.append(args) or "communicator")
     monkeypatch.setattr(StubModel, "config", SimpleNamespace(pipeline_model_parallel_size=2, variable_seq_lengths=True))
-    feed = Feed(plan=plan, store=None, groups=None, rank=0, unit=1, full_length=False, device=None)  # type: ignore[arg-type]
-
-    told = hooks.pipeline_arguments([StubModel()], wrap(feed), 1)
+    told = hooks.pipeline_arguments([StubModel()], feed_for(plan), 1)
 
     assert told == {"p2p_communicator": "communicator", "pg_collection": groups}
     assert made == [("the pipeline", StubModel.config, [4, 5, 6])]

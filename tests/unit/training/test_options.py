@@ -208,7 +208,7 @@ def test_our_flags_are_plain_values_for_megatrons_checkpoints():
 def megatron(**changes: object) -> SimpleNamespace:
     """Megatron-LM's arguments as a run of this plan has them."""
     values: dict[str, object] = {
-        **dict.fromkeys(("hybrid_context_parallel", "sft"), False),
+        **dict.fromkeys(("hybrid_context_parallel", "sft", "overlap_grad_reduce", "overlap_param_gather"), False),
         **dict.fromkeys(("data_path", "mtp_num_layers", "rampup_batch_size", "num_experts", "recompute_granularity")),
         **dict.fromkeys(("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"), 1),
         "micro_batch_size": 1, "calculate_per_token_loss": True, "dataloader_type": "external",
@@ -274,9 +274,29 @@ def test_more_iterations_than_steps(files):
         options.check_together(megatron(train_iters=3), loaded(files))
 
 
-def test_gang_is_refused(files):
-    with pytest.raises(PlanError, match="'gang', only lockstep"):
-        options.check_together(megatron(), loaded(files, schedule="gang"))
+@pytest.mark.parametrize(
+    "changes, flag",
+    [
+        ({"num_experts": 4}, "--num-experts"),
+        ({"overlap_grad_reduce": True}, "--overlap-grad-reduce"),
+        ({"overlap_param_gather": True}, "--overlap-param-gather"),
+        ({"pipeline_model_parallel_size": 2, "world_size": 4}, "--pipeline-model-parallel-size"),
+    ],
+)
+def test_what_would_make_ranks_of_a_gang_schedule_meet_is_refused(files, changes, flag):
+    options.check_together(megatron(), loaded(files, schedule="gang"))
+    with pytest.raises(ConfigError, match=f"{flag} cannot be used with a plan of schedule 'gang'"):
+        options.check_together(megatron(**changes), loaded(files, schedule="gang"))
+
+
+def test_the_model_is_built_for_the_policies_of_all_tiers(files):
+    args = megatron()
+    options.build_for_every_policy(args, loaded(files))
+    assert args.recompute_granularity is None
+    policies = [Recompute(granularity="selective", modules=names) for names in (("mlp",), ("core_attn", "mlp"))]
+    tiers = tuple(dataclasses.replace(t, recompute=p) for t, p in zip(TIERS, policies, strict=True))
+    options.build_for_every_policy(args, loaded(files, tiers=tiers))
+    assert (args.recompute_granularity, args.recompute_modules) == ("selective", ["core_attn", "mlp"])
 
 
 def test_pipeline_stages_of_unequal_local_tokens(files):
