@@ -2,8 +2,8 @@
 
     python -m benchmarks.paper_tables [--lengths LENGTHS.npy] [--write benchmarks/paper_tables.md]
 
-Paper: arXiv 2503.07680v3. Lengths are generated (planning/generators.py), the data sets' own are not available. GPU days
-need the number of epochs, which the paper does not say: one factor, set by table 6's first row, serves all tables.
+Paper: arXiv 2503.07680v3. Lengths are generated (planning/generators.py), the data sets' own are not available. GPU
+days need the number of epochs, which the paper does not say: one factor, set by table 6's first row, serves all tables.
 """
 
 import argparse
@@ -57,7 +57,7 @@ TIMINGS = [
         for row in ((8, 2, 8, 2.69), (16, 1, 28, 2.65), (32, 8, 8, 2.83), (64, 4, 28, 3.01), (128, 8, 28, 3.05))
     ),
 ]  # fmt: skip
-"""Tables 4, 18 and 19: seconds of an iteration of Llama-3.1-8B on H100s, at a length, SP degree and recomputed layers."""
+"""Tables 4, 18 and 19: seconds of an iteration of Llama-3.1-8B, at a length, SP degree and recomputed layers."""
 
 
 def calibrated() -> Fit:
@@ -321,18 +321,20 @@ WORD = """## Where they part
   the seven constants, and table 19's good fit leans on that. An iteration is read as 16K tokens a GPU. Table 18's first
   row is read as SP2.
 * **GPU days** have one free factor, the number of epochs. Table 6's and 13's first rows are therefore no test; the
-  speed-ups, and every other row, are. 128K packs in 70B and 32B take the 8B's rates times their GPUs.
-* **CR** stays below the paper's .173 on our generated lengths (fewer tokens lie in samples over 16K); it is .171 on the
-  judge's lengths, which mix LongCite otherwise.
-* **Table 12.** Our FlexSP plans random batches of one slot with HiGHS for 3 s each. It gives a long sample's gang nothing
-  but its bucket, and PR counts against packing lengths, so PR and CR lie far from the paper's; days do not.
-* **Table 13, no packing.** The paper's 38.3 days hold data loading and optimizer time of a million tiny micro-batches;
-  we price GEMMs, attention and a fixed time alone. FFD and SPFHP: ABR is above the paper's, as our generator's
-  long samples end up together in the first packs.
-* **Table 22.** Our OpenHermes is a lognormal of the published mean and a million samples; GPU days are about a fifth too
-  high in all three rows, so it is tokens, or LongCite's share, that differ: the speed-ups agree better than the days.
-* **DeepSeek-V2.** The paper gives neither links, nor layout, nor the SP degree of its 32K tier: none of tables 4, 18, 19
-  determines them, hence a range, and it contains 2.4x.
+  speed-ups, and every other row, are.
+* **CR** stays below the paper's .173: fewer tokens of our generated lengths lie in samples over 16K.
+* **Table 12.** Our FlexSP plans random batches of one slot with HiGHS, 3 s a program, on about six steps. PR counts
+  against packing lengths, CR every token of a gang, so both lie far from the paper's; the days do not.
+* **Table 13, no packing.** We price GEMMs, attention and a fixed time alone; a million micro-batches of a few hundred
+  tokens cost more than that (host, loader, launches), and the paper's iterations seem to be wider (its DBR is .63).
+  FFD and SPFHP: sorting puts our long samples together, ABR is above the paper's, the days follow.
+* **Table 22.** Our OpenHermes is a lognormal of the published mean, a million samples, with 2,000 of LongCite's
+  histogram. GPU days are about a fifth too high in all three rows, so it is the tokens that differ: the speed-ups,
+  which do not depend on them, agree to 2%.
+* **Larger models.** 70B and 32B are the 8B's rates times the GPUs of a tensor-parallel rank, whose collectives and
+  links we do not know.
+* **DeepSeek-V2.** The paper gives neither links, nor layout, nor the SP degree of its 32K tier, and tables 4, 18 and 19
+  determine none of them: hence a range. It contains 2.4x, and a wide range is a weak test.
 """
 
 

@@ -45,6 +45,8 @@ class Simulation:
     """float64 [steps]."""
     sync: np.ndarray
     """float64 [steps]: exposed seconds of the gradient sync."""
+    hops: np.ndarray
+    """float64 [slots of all steps]: seconds from a stage to the next."""
     num_tokens: int
     memory: Memory | None
     """None where the model's shape is unknown."""
@@ -68,6 +70,11 @@ class Simulation:
     def contention_seconds(self) -> float:
         """GPU-seconds of one rank's average device that CP and EP cost each other on the links they share."""
         return float(self.pieces.contention.sum()) / self.topology.pp
+
+    def hop(self, plan: Plan, step: int) -> np.ndarray:
+        """Seconds [1, slots of the step] that activations take from a stage to the next."""
+        end = int(plan.num_micro_batches[: step + 1].sum())
+        return self.hops[None, end - int(plan.num_micro_batches[step]) : end]
 
     def idle(self) -> dict[str, float]:
         """Share of all GPU-seconds that goes to each of CAUSES."""
@@ -104,6 +111,7 @@ def simulate(plan: Plan, cost: CostModel, topology: Topology, *, shape: ModelSha
         plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares, cost=placed, topology=topology, shape=shape
     )
     busy = rank_grid(plan, pieces.total)
+    hop = _hop_seconds(plan, placed, topology, shape)
     starts = np.cumsum(plan.num_micro_batches) - plan.num_micro_batches
     own = {name: _by_step(plan, getattr(pieces, name), starts) for name in ("compute", "exchange", "expert")}
     if plan.schedule == "gang":
@@ -113,7 +121,6 @@ def simulate(plan: Plan, cost: CostModel, topology: Topology, *, shape: ModelSha
     else:
         slot = busy.max(axis=1)
         forward = rank_grid(plan, pieces.forward)[np.arange(len(busy)), busy.argmax(axis=1)]
-        hop = _hop_seconds(plan, placed, topology, shape)
         run = _pipeline_seconds(plan, topology, forward, slot - forward, hop, starts)
         slots = np.add.reduceat(slot, starts)
         last = starts + plan.num_micro_batches - 1
@@ -131,6 +138,7 @@ def simulate(plan: Plan, cost: CostModel, topology: Topology, *, shape: ModelSha
         imbalance=(slots[:, None] - sum(own.values())) / stages,
         bubble=run - slots / stages,
         sync=sync,
+        hops=hop,
         num_tokens=int(plan.pack_tokens.sum()),
         memory=memory_of(plan, placed, shape, topology) if shape else None,
     )
