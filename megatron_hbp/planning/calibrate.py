@@ -1,7 +1,7 @@
 """Fit a cost model's rates to measured iteration times: least squares on log(seconds), by Gauss-Newton, numpy alone.
 
 The unknowns are positive and span fifteen orders of magnitude, so their logarithms are fitted; so are the times, since
-an error of 5% weighs the same in a short and a long row. Steps are damped (Levenberg-Marquardt) and the Jacobian is taken
+an error of 5% weighs the same in a short and a long row. Steps are damped (Levenberg-Marquardt), the Jacobian is taken
 by central differences: a handful of unknowns and a score of rows need no more.
 """
 

@@ -12,7 +12,7 @@ from megatron_hbp.planning.simulate import Simulation, gang_ends
 
 _COLORS = ("#3d6b99", "#5b8c5a", "#8a6bb1", "#c98a2b", "#4f9d9d", "#9a5f3c", "#7a7a3a", "#5a5a8c")
 """One a tier."""
-_SENT, _EXPERT, _TAIL = "#e0b040", "#d07fa8", "#b0413e"
+_SENT, _EXPERT, _TAIL = "#1d1d1d", "#d07fa8", "#b0413e"
 _MOST_RANKS = 32
 """Rows of a picture that can be told apart."""
 
