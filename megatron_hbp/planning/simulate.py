@@ -122,7 +122,7 @@ def simulate(plan: Plan, cost: CostModel, topology: Topology, *, shape: ModelSha
         slot = busy.max(axis=1)
         forward = rank_grid(plan, pieces.forward)[np.arange(len(busy)), busy.argmax(axis=1)]
         run = _pipeline_seconds(plan, topology, forward, slot - forward, hop, starts)
-        slots = np.add.reduceat(slot, starts)
+        slots = np.add.reduceat(forward + (slot - forward), starts)
         last = starts + plan.num_micro_batches - 1
         ends = (slot - forward)[last] / topology.pp, forward[starts] / topology.pp
     reduce, gather = gradient_sync(shape, placed, topology)
@@ -178,6 +178,8 @@ def _pipeline_seconds(
     plan: Plan, topology: Topology, forward: np.ndarray, backward: np.ndarray, hop: np.ndarray, starts: np.ndarray
 ) -> np.ndarray:
     """Seconds of each step, [steps]; steps with equally many slots are run at once."""
+    if topology.pp == 1:
+        return np.add.reduceat(forward + backward, starts)
     seconds = np.empty(plan.num_steps)
     for count in np.unique(plan.num_micro_batches):
         steps = np.flatnonzero(plan.num_micro_batches == count)
