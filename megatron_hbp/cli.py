@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from megatron_hbp.commands import plan, prepare
+from megatron_hbp.commands import plan, prepare, simulate
 from megatron_hbp.errors import HbpError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command("prepare")(prepare.prepare)
 app.add_typer(plan.app, name="plan")
+app.command("simulate")(simulate.simulate_plan)
 
 
 def main() -> None:

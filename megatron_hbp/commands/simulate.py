@@ -1,0 +1,85 @@
+"""`hbp simulate`: what an epoch of a plan would take on a cluster, and what its GPUs would wait for."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from megatron_hbp.errors import ConfigError, DiskError
+from megatron_hbp.planning import planfile
+from megatron_hbp.planning.cost import CostModel, preset
+from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.simulate import Simulation, simulate
+from megatron_hbp.planning.topology import Topology
+from megatron_hbp.report.simulation import draw_steps, idle_table, summary_table
+from megatron_hbp.report.terminal import wide_console
+
+
+def simulate_plan(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN")],
+    nodes: Annotated[int, typer.Option(help="Nodes.")],
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    tp: Annotated[int, typer.Option(help="Tensor parallel GPUs.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    virtual_stages: Annotated[int, typer.Option(help="Model chunks of a stage (interleaved 1F1B).")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert parallel ranks.")] = 1,
+    cost: Annotated[str | None, typer.Option(help="Cost model; without it the plan's own.")] = None,
+    node_bandwidth: Annotated[float | None, typer.Option(min=1.0, help="GB/s of a rank inside a node.")] = None,
+    cluster_bandwidth: Annotated[float | None, typer.Option(min=1.0, help="GB/s of a rank between nodes.")] = None,
+    overlap: Annotated[float, typer.Option(help="Share of compute under which exchanges hide, 0 to 1.")] = 0.0,
+    overlap_gradients: Annotated[bool, typer.Option(help="Hide gradient sync under passes.")] = True,
+    fully_sharded: Annotated[bool, typer.Option(help="Weights and gradients are sharded too.")] = False,
+    gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of a GPU.")] = 80.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every step.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw steps over time to a PNG or SVG file.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="The step to draw; the one that waits most.")] = None,
+) -> None:
+    """Simulate a plan on a cluster: epoch, idle time by cause, GPU days, memory."""
+    plan = planfile.load(plan_file)
+    model = _with_links(preset(cost or plan.cost_model), node_bandwidth, cluster_bandwidth)
+    topology = Topology(
+        num_nodes=nodes, gpus_per_node=gpus_per_node, tp=tp, pp=pp, virtual_stages=virtual_stages, ep=ep,
+        overlap=overlap, overlap_gradients=overlap_gradients, fully_sharded=fully_sharded, gpu_memory=gpu_memory * 1e9,
+    )  # fmt: skip
+    if step is not None and step >= plan.num_steps:
+        raise ConfigError(f"--step {step}: the plan has steps 0 to {plan.num_steps - 1}")
+    found = simulate(plan, model, topology)
+    if as_json:
+        sys.stdout.write(json.dumps(as_rows(plan, found)) + "\n")
+    else:
+        console = wide_console()
+        console.print(summary_table(plan, found))
+        console.print(idle_table(found))
+    if picture:
+        try:
+            draw_steps(plan, found, picture, step)
+        except (OSError, ValueError) as error:
+            raise DiskError(f"picture could not be written to {picture}: {error}; use a .png or .svg path") from error
+        print(f"picture written to {picture}", file=sys.stderr)
+
+
+def _with_links(cost: CostModel, node_bandwidth: float | None, cluster_bandwidth: float | None) -> CostModel:
+    if node_bandwidth:
+        cost = replace(cost, node_bandwidth=node_bandwidth * 1e9)
+    return replace(cost, cluster_bandwidth=cluster_bandwidth * 1e9) if cluster_bandwidth else cost
+
+
+def as_rows(plan: Plan, found: Simulation) -> dict[str, Any]:
+    """The simulation as JSON values: the epoch, shares of idle time, memory, and a row a step (seconds)."""
+    means = {name: getattr(found, name).mean(axis=1) for name in ("compute", "exchange", "expert", "imbalance")}
+    columns = {"seconds": found.wall, **means, "bubble": found.bubble, "gradient_sync": found.sync}
+    steps = [
+        {"step": step, "micro_batches": int(plan.num_micro_batches[step])}
+        | {name: float(values[step]) for name, values in columns.items()}
+        for step in range(plan.num_steps)
+    ]
+    memory = found.memory and asdict(found.memory) | {"peak": found.memory.peak, "headroom": found.memory.headroom}
+    return {
+        "plan": plan.hash, "cost_model": found.cost.name, "topology": asdict(found.topology),
+        "epoch_seconds": found.epoch_seconds, "gpu_days": found.gpu_days,
+        "tokens_per_gpu_second": found.tokens_per_gpu_second, "idle": found.idle(),
+        "contention_seconds": found.contention_seconds, "memory": memory, "steps": steps,
+    }  # fmt: skip
