@@ -85,8 +85,8 @@ def stepper_of(kind: str, degrees: Sequence[int], **changes: Any) -> Stepper:
 def positions_not_reset() -> Iterator[None]:
     """Positions run through the whole pack."""
 
-    def running_on(samples: Any, *, padded_length: int, cp_degree: int, cp_rank: int) -> batch.PackSlice:
-        cut = cutter(samples, padded_length=padded_length, cp_degree=cp_degree, cp_rank=cp_rank)
+    def running_on(samples: Any, *, padded_length: int, cp_degree: int, cp_rank: int, **kwargs: Any) -> batch.PackSlice:
+        cut = cutter(samples, padded_length=padded_length, cp_degree=cp_degree, cp_rank=cp_rank, **kwargs)
         s = padded_length // cp_degree
         object.__setattr__(cut, "position_ids", np.arange(cp_rank * s, (cp_rank + 1) * s))
         return cut

@@ -49,7 +49,7 @@ def test_slots_of_a_gang_schedule_hold_packs_or_one_dummy(plan):
     [
         (1, [2, 0, 4], "rank 0 would wait for ever in step 0: it shares pack 0 with ranks 0 to 1, and rank 1 comes"),
         (2, [4, 1], "rank 0 would wait for ever in step 0: it shares pack 4 with ranks 0 to 3, and rank 3 comes"),
-        (3, [4], "ranks 2 to 3, and rank 3"),
+        (3, [4], "rank 0 would wait for ever in step 0: it shares pack 4 with ranks 0 to 3, and rank 2 comes"),
         (0, [0, 2], "rank 1 would wait for ever in step 0: it shares pack 4"),
     ],
 )
