@@ -59,7 +59,8 @@ def test_every_token_is_at_home_or_shared_and_found_again(lengths, cp_degree, zi
         assert in_shared[rows].tolist() == positions[rank][shared_at].tolist()
         for piece in split.shared.ranges:  # a query sees its sample from the start to itself
             assert piece.key_start == max(a for a in split.shared.segments.q if a <= piece.start)
-            assert piece.segments.q[-1] == piece.end - piece.start and piece.segments.k[-1] == piece.end - piece.key_start
+            assert piece.segments.q[-1] == piece.end - piece.start
+            assert piece.segments.k[-1] == piece.end - piece.key_start
 
 
 def _shared_segments(splits, positions, segment):
