@@ -11,12 +11,14 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models import GPTModelConfig
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model.attention import PackedCoreAttention
+from megatron_hbp.model.mla import PackedMLASelfAttention
 from megatron_hbp.model.norm import SequenceParallelRMSNorm
 from megatron_hbp.model.rotary import localise
 from megatron_hbp.model.router import PackedRouter
@@ -35,7 +37,11 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    swap: dict[Any, Any] = {DotProductAttention: PackedCoreAttention, TopKRouter: PackedRouter}
+    swap: dict[Any, Any] = {
+        DotProductAttention: PackedCoreAttention,
+        MLASelfAttention: PackedMLASelfAttention,
+        TopKRouter: PackedRouter,
+    }
     if transformer.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
