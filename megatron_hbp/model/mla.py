@@ -4,7 +4,8 @@ Takes the place of Megatron-LM's MLASelfAttention in the layer specs. Where head
 is Megatron-LM's, but for the down-projection of keys and values: in 0.19.2 the rotary key, which all heads of all
 tensor-parallel ranks share, loses the gradient of the other ranks' heads. The local spec's column-parallel layer
 gathers it by gather_from_tensor_model_parallel_region, whose backward hands each rank its columns of its *own* gradient
-and adds up nothing; Transformer Engine's duplicated layer is right under sequence parallelism only.
+and adds up nothing; Transformer Engine's duplicated layer is right under sequence parallelism only. Without sequence
+parallelism the gradient of the query latents' norm would count TP times, see `PackedMLASelfAttention`.
 """
 
 from typing import Any
@@ -30,6 +31,12 @@ class PackedMLASelfAttention(MLASelfAttention):
         """Megatron-LM's signature."""
         super().__init__(*args, **kwargs)
         self.core_attention.up_projection = UpProjection(self)
+        tp = self.tp_group.size()
+        if tp > 1 and self.config.q_lora_rank is not None and not self.config.sequence_parallel:
+            # finalize_model_grads adds up every "q_layernorm" over tensor-parallel ranks (:453 in 0.19.2): right for a
+            # norm of local heads, while this one's gradient is whole on each rank
+            for parameter in self.q_layernorm.parameters():
+                parameter.register_hook(lambda grad: grad / tp)
 
     def get_query_key_value_tensors(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """[s or s/TP, 1, hidden] -> query, key, value, and the latents of queries and of keys and values.

@@ -64,10 +64,11 @@ def run(argv: list[str]) -> None:
         print(f"> hbp: {describe(options)}", flush=True)
     args.hbp_plan_hash = options.train.plan.hash
     install_context_capture()
+    exchanges = {tier.exchange for part in (options.train, options.valid) if part for tier in part.plan.tiers}
     metrics = RunMetrics(options.train.plan, options.metrics)
     hooks.install(plan=options.train.plan, valid_plan=options.valid.plan if options.valid else None, metrics=metrics)
     pretrain(
-        pretrain_cfg_container_from_args(args, with_packed_model(model)),
+        pretrain_cfg_container_from_args(args, with_packed_model(model, exchanges)),
         _feeds_provider(options),
         ModelType.encoder_or_decoder,
         make_forward_step(metrics.observe),

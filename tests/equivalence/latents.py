@@ -182,18 +182,28 @@ def tensor_parallel(results: dict[str, Any]) -> None:
 
 def distributed_optimizer(results: dict[str, Any]) -> None:
     """Parameters after two steps in fp32, gradients reduced and parameters gathered while others compute."""
-    overlapped = functools.partial(DistributedDataParallelConfig, overlap_grad_reduce=True, overlap_param_gather=True)
-
-    def build_overlapped(*args: Any, **kwargs: Any) -> list:
-        chunks = plain_build(*args, **kwargs)
-        if kwargs["distributed"]:
-            chunks[0].module.config.no_sync_func = chunks[0].no_sync
-        return chunks
 
     def config_of(**kwargs: Any) -> DistributedDataParallelConfig:
-        return (overlapped if kwargs["use_distributed_optimizer"] else DistributedDataParallelConfig)(**kwargs)
+        overlap = kwargs["use_distributed_optimizer"]
+        return DistributedDataParallelConfig(**kwargs, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
 
-    plain_build = optimizer.build
+    def optimizer_of(config: Any, chunks: list) -> Any:
+        made, (ddp,) = get_megatron_optimizer(config, chunks), chunks
+        if ddp.ddp_config.overlap_param_gather:
+            ddp.module.config.no_sync_func = ddp.no_sync  # as Megatron-LM's training loop does
+            step, steps_left = made.step, [2]
+
+            def last_gathers() -> Any:
+                done = step()
+                steps_left[0] -= 1
+                if not steps_left[0]:
+                    ddp.disable_forward_pre_hook()
+                return done
+
+            made.step = last_gathers
+        return made
+
+    get_megatron_optimizer = optimizer.get_megatron_optimizer
     with ranks():
         groups = CpGroups.create((2, 4), parallel_state.get_data_parallel_group(), timedelta(minutes=1))
         tiers = [
@@ -201,14 +211,14 @@ def distributed_optimizer(results: dict[str, Any]) -> None:
             Tier(packing_length=256, cp_degree=2, exchange="qkv_latent", recompute=UP),
             Tier(packing_length=512, cp_degree=4, exchange="kv_latent"),
         ]
-        packs = optimizer.packs_of(4)
         lone = [(s, i // 4, i % 4, 0, [8 * s + i]) for s in range(2) for i in range(8)]
         run = functools.partial(optimizer.parameters_after, "moe", torch.float32, groups)
         with (
-            mock.patch.object(optimizer, "build", build_overlapped),
+            mock.patch.object(optimizer, "get_megatron_optimizer", optimizer_of),
             mock.patch.object(optimizer, "DistributedDataParallelConfig", config_of),
         ):
             yard = run(lone, tiers, distributed=False)
+            packs = optimizer.packs_of(4)
             results["fp32 distributed optimizer"] = optimizer.worst(run(packs, tiers, distributed=True), yard)
 
 
