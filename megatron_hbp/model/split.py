@@ -49,6 +49,10 @@ class Segments:
             max_k=max((b - a for a, b in pairwise(k)), default=0),
         )
 
+    def of_queries(self) -> "Segments":
+        """The same pieces of the queries with only their own keys: the last ones of each piece of keys."""
+        return Segments(q=self.q, k=self.q, cu_q=self.cu_q, cu_k=self.cu_q, max_q=self.max_q, max_k=self.max_q)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Range:
@@ -60,11 +64,6 @@ class Range:
     """First token of the first sample that reaches into the range: it sees keys [key_start, end)."""
     segments: Segments
     """Relative to `start` and `key_start`."""
-
-    @functools.cached_property
-    def own(self) -> Segments:
-        """The pieces, relative to `start`, of queries and keys that both lie in the range."""
-        return Segments.of(self.segments.q, device=self.segments.cu_q.device)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -48,6 +48,10 @@ TWO_RANKS: Packs = [
     (0, 0, 0, 1, [12, 1, 13, 14]), (0, 1, 0, 1, [0, 2, 9, 3]), (0, 2, 0, 1, [6]), (0, 3, 0, 0, [4, 5]),
     (0, 3, 1, 0, [7, 8]), (0, 4, 0, 1, [10, 11, 15]),
 ]  # fmt: skip
+MIXED: tuple[tuple[Exchange, Exchange], ...] = (
+    ("kv_latent", "qkv_latent"), ("qkv_latent", "a2a"), ("all_gather", "kv_latent"), ("kv_latent", "p2p"),
+)  # fmt: skip
+"""Exchanges of CP 2 and CP 4."""
 ALONE = (Tier(packing_length=128),)
 NONE = Recompute()
 FULL = Recompute(granularity="full", num_layers=2)
@@ -118,7 +122,7 @@ def one_layout(results: dict[str, Any]) -> None:
                 with hook_calls(stepper, results, f"hooks {exchange} recompute={name}"):
                     mine = packed(stepper, exchange, exchange, policy=policy)
                 results[f"{exchange} recompute={name}"] = worst(mine, yard)
-        for pair in (("kv_latent", "qkv_latent"), ("qkv_latent", "a2a"), ("all_gather", "kv_latent")):
+        for pair in MIXED:
             results[f"cp2 {pair[0]}, cp4 {pair[1]}"] = worst(packed(stepper, *pair), yard)
         with mock.patch.object(latents, "sliced_linear", ordinary_at_home):
             for name in ("none", "mla_up_proj"):
@@ -176,7 +180,7 @@ def tensor_parallel(results: dict[str, Any]) -> None:
                 results[f"{case}, Megatron-LM's"] = worst(theirs, whole)
                 results[f"{case}, Megatron-LM's by parameter"] = by_parameter(theirs, whole)
             results[f"{case}, one at a time"] = worst(whole_gradients(stepper, singles(stepper)), yard)
-            for exchange in ("a2a", "qkv_latent", "kv_latent"):
+            for exchange in ("a2a", "p2p", "qkv_latent", "kv_latent"):
                 results[f"{case}, {exchange}"] = worst(whole_gradients(stepper, packed(stepper, exchange)), yard)
 
 
@@ -324,11 +328,12 @@ def _wrong_rows() -> Iterator[None]:
 def _step_left_out() -> Iterator[None]:
     """The ring does not look at what came from the rank before."""
 
-    def blind(shared: Any, here: int, visited: int) -> Sequence:
-        return () if visited == (here - 1) % len(shared.counts) else list(visits(shared, here, visited))
+    def blind(shared: Any, rank: int) -> Sequence:
+        before = (shared.ranges_of.index(tuple((r.start, r.end) for r in shared.ranges)) - 1) % len(shared.counts)
+        return () if rank == before else visible(shared, rank)
 
-    visits = latent_ring.visits
-    with mock.patch.object(latent_ring, "visits", blind):
+    visible = latent_ring.visible
+    with mock.patch.object(latent_ring, "visible", blind):
         yield
 
 

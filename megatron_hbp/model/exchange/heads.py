@@ -37,7 +37,7 @@ def sequence_to_heads(
     x_r = q.shape[0]
     per_rank = [part.reshape(x_r, c, part.shape[1] // c * part.shape[2]) for part in (q, k, v)]
     widths = [part.shape[2] for part in per_rank]
-    rows = torch.cat(per_rank, dim=2).transpose(0, 1).flatten(0, 1)  # head blocks in rank order
+    rows = torch.cat(per_rank, dim=2).transpose(0, 1).flatten(0, 1)  # [c * x_r, w], head blocks in rank order
     received = all_to_all_rows(rows, (x_r,) * c, shared.counts, group)  # [x, w]
     if shared.to_pack is not None:
         received = received.index_select(0, shared.to_pack)
@@ -49,9 +49,9 @@ def sequence_to_heads(
 def heads_to_sequence(out: torch.Tensor, shared: Shared, group: dist.ProcessGroup) -> torch.Tensor:
     """[x, h/c, dv] -> [x_r, h, dv]: the way back."""
     c = len(shared.counts)
-    x_r, (_, heads, width) = shared.counts[dist.get_rank(group)], out.shape
+    x_r, width = shared.counts[dist.get_rank(group)], out.shape[2]
     if shared.to_ranks is not None:
         out = out.index_select(0, shared.to_ranks)
     received = all_to_all_rows(out.flatten(1), shared.counts, (x_r,) * c, group)  # [c * x_r, h/c * dv]
-    # sizes spelled out: a rank without shared tokens has 0 rows, of which -1 says nothing
-    return received.reshape(c, x_r, heads * width).transpose(0, 1).reshape(x_r, c * heads, width)
+    per_rank = received.reshape(c, x_r, received.shape[1])  # no -1: a rank may hold no shared token
+    return per_rank.transpose(0, 1).reshape(x_r, c * out.shape[1], width)

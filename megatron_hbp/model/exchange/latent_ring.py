@@ -1,13 +1,16 @@
 """A ring of MLA's latents: queries stay, the others' latents come by and become keys and values at each visit.
 
-Legend: as in model/latents.py; `b` rows of the latents at hand, w = d - r + dv a head of the up-projection's rows.
+Only one rank's keys and values, and only those that are seen, stand in memory at a time: with all heads DeepSeek-V2's
+are 40,960 wide, the latents that pass 576. The backward up-projects again; otherwise the ring is that of ring.py, with
+latents in the place of keys and values, so that of one layer a rank receives per local token
 
-Only one visited range of keys and values, at most s tokens with all heads, stands in memory at a time: keys and values
-of DeepSeek-V2 are 40,960 wide, the latents that pass 576. The backward passes the latents once more and, a step
-behind, the gradients of the latents, to which every visited rank adds its share; it up-projects again.
+    forward   (l + r) (c - 1) elements
+    backward  (l + r) (c - 1) elements, and as many again that are fp32 for half precision
+
+Legend as in model/latents.py; `b` rows of the visited rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,83 +18,45 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_hbp.model.blocks import (
-    accumulation_dtype,
-    block_backward,
-    block_forward,
-    merge,
-    name_of,
-    nothing_seen,
-)
-from megatron_hbp.model.exchange.collectives import count
+from megatron_hbp.model import blocks
+from megatron_hbp.model.exchange.ring import Block, ReturningGradients, around, visible
 from megatron_hbp.model.kernels import Kernel
 from megatron_hbp.model.sliced import WeightGradient
-from megatron_hbp.model.split import Segments, Shared
+from megatron_hbp.model.split import Shared
 
 
-@dataclass(frozen=True, kw_only=True)
-class Visit:
-    """A block of attention: queries that lie here over keys of the visited rank."""
-
-    queries: slice
-    """Of the x_r rows that lie here."""
-    keys: slice
-    """Of the b rows of the visited rank."""
-    segments: Segments | None
-    """The pieces, causal, where the block is the rank's own range; None where all queries see all keys."""
-
-
-def visits(shared: Shared, here: int, visited: int) -> Iterator[tuple[slice, list[Visit]]]:
-    """For each range of keys of rank `visited` that queries of rank `here` see: its rows, and who sees them."""
-    row = 0
-    for start, end in shared.ranges_of[visited]:
-        found, at = [], 0
-        for piece in shared.ranges:
-            size = piece.end - piece.start
-            if visited == here and (start, end) == (piece.start, piece.end):
-                found.append(Visit(queries=slice(at, at + size), keys=slice(row, row + size), segments=piece.own))
-            elif end <= piece.start and end > piece.key_start:
-                # only the first sample of the queries reaches back beyond their range
-                first = max(start, piece.key_start) - start
-                queries = slice(at, at + piece.segments.q[1])
-                found.append(Visit(queries=queries, keys=slice(row + first, row + end - start), segments=None))
-            at += size
-        if found:
-            yield slice(min(visit.keys.start for visit in found), row + end - start), found
-        row += end - start
+def ring_attention(
+    q: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, owner: torch.Tensor, shared: Shared,
+    group: dist.ProcessGroup, kernel: Kernel, scale: float, rope_width: int, v_width: int,
+) -> torch.Tensor:  # fmt: skip
+    """q [x_r, h, d], latents [x_r, l + r], weight [h (d - r + dv), l] (of parameter `owner`) -> [x_r, h, dv]."""
+    ring = _Ring(
+        shared=shared, group=group, scale=scale, kernel=blocks.name_of(kernel), num_heads=q.shape[1],
+        latent_width=latents.shape[1], rope_width=rope_width, v_width=v_width, owner=owner,
+    )  # fmt: skip
+    return _LatentRing.apply(q, latents, weight, ring)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Ring:
-    """What both directions of a ring know besides tensors."""
+class _Ring:
+    """What both directions know besides tensors."""
 
     shared: Shared
     group: dist.ProcessGroup
     scale: float
     kernel: str
+    num_heads: int
+    latent_width: int
+    """l + r."""
     rope_width: int
     v_width: int
-    num_heads: int
     owner: torch.Tensor
     """The parameter that gets the weight's gradient; out of autograd's sight here (model/sliced.py)."""
 
     @property
-    def here(self) -> int:
-        """This rank in the group."""
-        return dist.get_rank(self.group)
-
-    @property
-    def degree(self) -> int:
-        """Ranks of the group."""
-        return len(self.shared.counts)
-
-    def visited(self, step: int) -> int:
-        """Whose latents are here in a step; in step 0 the rank's own."""
-        return (self.here - step) % self.degree
-
-    def passed_on(self, rows: torch.Tensor, step: int) -> "Transfer":
-        """Start to send the rows of this step's rank on and to receive those of the next."""
-        return Transfer(rows, self.shared.counts[self.visited(step + 1)], self.group)
+    def sizes(self) -> list[int]:
+        """Numbers of each rank's latents."""
+        return [rows * self.latent_width for rows in self.shared.counts]
 
     def keys_values(self, latents: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[b, l + r] -> k [b, h, d], v [b, h, dv]."""
@@ -101,56 +66,33 @@ class Ring:
         return k, kv[..., -self.v_width :]
 
 
-class Transfer:
-    """Rows on their way around the ring, one hop."""
-
-    def __init__(self, rows: torch.Tensor, num_received: int, group: dist.ProcessGroup):
-        ranks, here = dist.get_process_group_ranks(group), dist.get_rank(group)
-        before, after = ranks[here - 1], ranks[(here + 1) % len(ranks)]
-        self._sent = rows.contiguous()  # kept alive until it has left
-        self._received = rows.new_empty((num_received, *rows.shape[1:]))
-        hops = [(dist.isend, self._sent, after), (dist.irecv, self._received, before)]
-        # both ends know the counts: no empty messages
-        operations = [dist.P2POp(do, tensor, rank, group) for do, tensor, rank in hops if tensor.numel()]
-        self._work: list[Any] = dist.batch_isend_irecv(operations) if operations else []
-        num_bytes = self._received.numel() * self._received.element_size()
-        count(group, [num_bytes * (rank == before) for rank in ranks])
-
-    def wait(self) -> torch.Tensor:
-        """The rows that came."""
-        for work in self._work:
-            work.wait()
-        return self._received
+def _seen(found: Sequence[Block]) -> slice:
+    """The rows of the visited rank that any query here sees."""
+    return slice(min(block.keys.start for block in found), max(block.keys.stop for block in found))
 
 
-def ring_attention(
-    q: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, owner: torch.Tensor, shared: Shared,
-    group: dist.ProcessGroup, kernel: Kernel, scale: float, rope_width: int, v_width: int,
-) -> torch.Tensor:  # fmt: skip
-    """q [x_r, h, d], latents [x_r, l + r], weight [h w, l] (of parameter `owner`) -> [x_r, h, dv]."""
-    ring = Ring(
-        shared=shared, group=group, scale=scale, kernel=name_of(kernel), rope_width=rope_width, v_width=v_width,
-        num_heads=q.shape[1], owner=owner,
-    )  # fmt: skip
-    return _LatentRing.apply(q, latents, weight, ring)
+def _inside(rows: slice, outer: slice) -> slice:
+    """`rows` counted from the start of `outer`."""
+    return slice(rows.start - outer.start, rows.stop - outer.start)
 
 
 class _LatentRing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, ring: Ring) -> torch.Tensor:
-        out, lse = nothing_seen(q, ring.v_width)
-        block = latents
-        for step in range(ring.degree):
-            coming = ring.passed_on(block, step) if step + 1 < ring.degree else None
-            for rows, found in visits(ring.shared, ring.here, ring.visited(step)):
-                k, v = ring.keys_values(block[rows], weight)
-                for visit in found:
-                    mine, keys = visit.queries, slice(visit.keys.start - rows.start, None)
-                    out_i, lse_i = block_forward(
-                        q[mine], k[keys], v[keys], visit.segments is not None, ring.scale, ring.kernel, visit.segments
-                    )
-                    merge(out[mine], lse[:, mine], out_i, lse_i)
-            block = coming.wait() if coming else block
+    def forward(ctx: Any, q: torch.Tensor, latents: torch.Tensor, weight: torch.Tensor, ring: _Ring) -> torch.Tensor:
+        out, lse = blocks.nothing_seen(q, ring.v_width)
+        for rank, flat in around(latents.reshape(-1), ring.sizes, ring.group):
+            found = visible(ring.shared, rank)
+            if not found:
+                continue
+            rows = _seen(found)
+            k, v = ring.keys_values(flat.view(-1, ring.latent_width)[rows], weight)
+            for block in found:
+                keys = _inside(block.keys, rows)
+                part = blocks.block_forward(
+                    q[block.queries], k[keys], v[keys], block.segments is not None, ring.scale, ring.kernel,
+                    block.segments,
+                )  # fmt: skip
+                blocks.merge(out[block.queries], lse[:, block.queries], *part)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, latents, weight, out, lse)
         ctx.ring = ring
@@ -158,50 +100,46 @@ class _LatentRing(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, latents, weight, out, lse = ctx.saved_tensors
-        ring: Ring = ctx.ring
-        dtype = accumulation_dtype(q.dtype)  # c shares of a latent's gradient add up on the way: not in bf16
-        of_q = torch.zeros_like(q, dtype=dtype)
+        ring: _Ring = ctx.ring
+        dq = torch.zeros_like(q, dtype=blocks.accumulation_dtype(q.dtype))
         of_weight = WeightGradient(weight, ring.owner) if ctx.needs_input_grad[2] else None
-        block, own, returning = latents, None, None
-        for step in range(ring.degree):
-            coming = ring.passed_on(block, step) if step + 1 < ring.degree else None
-            of_block = torch.zeros_like(block, dtype=dtype)
-            for rows, found in visits(ring.shared, ring.here, ring.visited(step)):
-                _add_visit(ring, rows, found, (grad_out, q, block, weight, out, lse), of_q, of_block, of_weight)
-            if step == 0:
-                own = of_block
-            else:
-                returning = ring.passed_on(of_block.add_(returning.wait()) if returning else of_block, step)
-            block = coming.wait() if coming else block
-        assert own is not None and returning is not None
-        own += returning.wait()
-        result = of_weight.result if of_weight else None
-        return of_q.to(q.dtype), own.to(latents.dtype), result, None
+        returning = ReturningGradients(ring.sizes, ring.group, latents)
+        for rank, flat in around(latents.reshape(-1), ring.sizes, ring.group):
+            found = visible(ring.shared, rank)
+            rows, share = slice(0, 0), None
+            if found:
+                rows = _seen(found)
+                visited = flat.view(-1, ring.latent_width)[rows]
+                share = _of_visit(ring, found, rows, visited, (grad_out, q, out, lse), weight, dq, of_weight)
+            total = returning.so_far(rank)  # only now: its transfer, too, hides under the work above
+            if share is not None:
+                total.view(-1, ring.latent_width)[rows] += share
+            returning.pass_on(rank, total)
+        of_latents = returning.home().view(latents.shape).to(latents.dtype)
+        return dq.to(q.dtype), of_latents, of_weight.result if of_weight else None, None
 
 
-def _add_visit(
-    ring: Ring, rows: slice, found: list[Visit], saved: tuple[torch.Tensor, ...], of_q: torch.Tensor,
-    of_block: torch.Tensor, of_weight: WeightGradient | None,
-) -> None:  # fmt: skip
-    """Add what a visited range of keys gives to the gradients of queries, latents and weight."""
-    grad_out, q, block, weight, out, lse = saved
-    k, v = ring.keys_values(block[rows], weight)
-    of_k, of_v = torch.zeros_like(k, dtype=of_q.dtype), torch.zeros_like(v, dtype=of_q.dtype)
-    for visit in found:
-        mine, keys = visit.queries, slice(visit.keys.start - rows.start, None)
-        dq, dk, dv = block_backward(
-            grad_out[mine], q[mine], k[keys], v[keys], out[mine], lse[:, mine], visit.segments is not None,
-            ring.scale, ring.kernel, visit.segments,
+def _of_visit(
+    ring: _Ring, found: Sequence[Block], rows: slice, visited: torch.Tensor, of_queries: tuple[torch.Tensor, ...],
+    weight: torch.Tensor, dq: torch.Tensor, of_weight: WeightGradient | None,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of latents `visited` [b, l + r] that queries here cause; adds to `dq` and to that of the weight."""
+    grad_out, q, out, lse = of_queries
+    k, v = ring.keys_values(visited, weight)
+    dk, dv = torch.zeros_like(k, dtype=dq.dtype), torch.zeros_like(v, dtype=dq.dtype)
+    for block in found:
+        at, keys = block.queries, _inside(block.keys, rows)
+        dq_i, dk_i, dv_i = blocks.block_backward(
+            grad_out[at], q[at], k[keys], v[keys], out[at], lse[:, at], block.segments is not None, ring.scale,
+            ring.kernel, block.segments,
         )  # fmt: skip
-        of_q[mine] += dq
-        of_k[keys] += dk
-        of_v[keys] += dv
-    plain, rotary = of_k.split((of_k.shape[2] - ring.rope_width, ring.rope_width), dim=2)
-    of_kv = torch.cat((plain, of_v), dim=2).flatten(1).to(weight.dtype)  # [b, h w]
-    compressed = block[rows, : weight.shape[1]]
-    of_block[rows, : weight.shape[1]] += of_kv @ weight
-    of_block[rows, weight.shape[1] :] += rotary.sum(1)
+        dq[at] += dq_i
+        dk[keys] += dk_i
+        dv[keys] += dv_i
+    plain, rotary = dk.split((dk.shape[2] - ring.rope_width, ring.rope_width), dim=2)
+    of_kv = torch.cat((plain, dv), dim=2).flatten(1).to(weight.dtype)  # [b, h (d - r + dv)]
     if of_weight is not None:
-        of_weight.add(slice(None), of_kv, compressed)
+        of_weight.add(slice(None), of_kv, visited[:, : weight.shape[1]])
+    return torch.cat(((of_kv @ weight).to(dq.dtype), rotary.sum(1)), dim=1)

@@ -94,3 +94,71 @@ def test_half_precision_accumulates_in_single():
 
 def test_a_kernel_has_a_name():
     assert blocks.name_of(kernels.reference) == "reference" and blocks.name_of(kernels.varlen) == "varlen"
+
+
+# what FlashAttention wants and says (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp), in plain torch
+
+
+def _flash_checks(q, k, v, *same_as_q):
+    width = q.shape[2]
+    assert width % 8 == 0 and k.shape[1:] == v.shape[1:] and k.shape[2] == width
+    assert all(x.shape == q.shape for x in same_as_q)
+    assert all(x.stride(-1) == 1 and x.dtype == q.dtype == torch.bfloat16 for x in (q, k, v, *same_as_q))
+
+
+def _flash_segments(cu_q, cu_k, max_q, max_k, causal, window):
+    assert window == (-1, 0 if causal else -1) and cu_q.dtype == cu_k.dtype == torch.int32
+    segments = Segments.of(cu_q.tolist(), cu_k.tolist(), device=CPU)
+    assert (segments.max_q, segments.max_k) == (max_q, max_k)
+    return segments
+
+
+def _flash_forward(
+    q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, window_size_left, window_size_right
+):  # fmt: skip
+    _flash_checks(q, k, v)
+    segments = _flash_segments(cu_q, cu_k, max_q, max_k, causal, (window_size_left, window_size_right))
+    out, lse = blocks.block_forward(q, k, v, causal, scale, "reference", segments)
+    return out, lse.masked_fill(lse == -math.inf, math.inf), None, None, None
+
+
+def _flash_backward(
+    grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng, unused, *, scale, window_size_left,
+    window_size_right,
+):  # fmt: skip
+    _flash_checks(q, k, v, grad, out)
+    assert lse.is_contiguous() and lse.dtype == torch.float32 and lse.shape == (q.shape[1], q.shape[0])
+    segments = _flash_segments(cu_q, cu_k, max_q, max_k, causal, (window_size_left, window_size_right))
+    assert not (lse == -math.inf).any()
+    return blocks.block_backward(grad, q, k, v, out, lse, causal, scale, "reference", segments)
+
+
+@pytest.mark.parametrize("widths", [(8, 8), (12, 8), (8, 12)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("segments", [None, Segments.of([0, 3, 5], [0, 1, 7], device=CPU)])
+def test_varlen_asks_flash_attention_for_what_the_reference_does(monkeypatch, widths, causal, segments):
+    """No GPU: with a stand-in that has FlashAttention's checks and conventions. Two queries of three see no key."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", _flash_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", _flash_backward)
+    q, k, v = tensors(5, 7, widths=widths, dtype=torch.bfloat16)
+    out, lse = blocks.block_forward(q, k, v, causal, 0.3, "varlen", segments)
+    expected = blocks.block_forward(q, k, v, causal, 0.3, "reference", segments)
+    assert torch.equal(lse, expected[1])
+    torch.testing.assert_close(out, expected[0])
+    grad = torch.randn(out.shape).bfloat16()
+    mine, theirs = (
+        blocks.block_backward(grad, q, k, v, out.float(), lse, causal, 0.3, name, segments)
+        for name in ("varlen", "reference")
+    )
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
+
+
+def test_varlen_calls_ops_that_exist():
+    """Names, argument order and shapes, on tensors without data."""
+    q, k, v = (x.to("meta") for x in tensors(5, 7, widths=(12, 6), dtype=torch.bfloat16))
+    out, lse = blocks.block_forward(q, k, v, True, 0.3, "varlen")
+    assert out.shape == (5, 6, 6) and lse.shape == (6, 5) and lse.dtype == torch.float32
+    grads = blocks.block_backward(out, q, k, v, out.float(), lse, True, 0.3, "varlen")
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]

@@ -1,7 +1,6 @@
-"""Parts of the exchange of MLA's latents that need no ranks: who sees whom in the ring, positions, specs, refusals."""
+"""Parts of the exchange of MLA's latents that need no ranks: positions, specs, refusals."""
 
 import dataclasses
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +13,6 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSub
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import spec
-from megatron_hbp.model.exchange.latent_ring import visits
 from tests.unit.model.test_split import splits_of
 
 PACKS = {
@@ -22,35 +20,6 @@ PACKS = {
     "cp_degree": st.sampled_from([2, 3, 4]),
     "zigzag": st.booleans(),
 }
-
-
-@settings(max_examples=200, deadline=None)
-@given(**PACKS)
-def test_visits_are_the_causal_pairs_of_every_sample_once(lengths, cp_degree, zigzag):
-    splits, _, _ = splits_of(lengths, cp_degree, zigzag)
-    if splits[0].shared is None:
-        return
-    for here, split in enumerate(splits):
-        shared = split.shared
-        x = shared.segments.q[-1]
-        rows = [np.concatenate([np.arange(*r) for r in of] or [np.zeros(0, int)]) for of in shared.ranges_of]
-        seen = np.zeros((x, x), int)
-        for visited in range(cp_degree):
-            for projected, found in visits(shared, here, visited):
-                for visit in found:
-                    assert projected.start <= visit.keys.start and visit.keys.stop == projected.stop
-                    q, k = rows[here][visit.queries], rows[visited][visit.keys]
-                    ends = visit.segments.q if visit.segments else (0, len(q))
-                    if visit.segments is None:
-                        seen[np.ix_(q, k)] += 1
-                    else:
-                        for a, b in pairwise(ends):
-                            seen[np.ix_(q[a:b], k[a:b])] += np.tri(b - a, dtype=int)
-        sample = np.repeat(np.arange(len(shared.segments.q) - 1), np.diff(shared.segments.q))
-        causal = (sample[:, None] == sample[None]) & np.tri(x, dtype=bool)
-        expected = np.zeros_like(seen)
-        expected[rows[here]] = causal[rows[here]]
-        np.testing.assert_array_equal(seen, expected)
 
 
 @settings(max_examples=100, deadline=None)
