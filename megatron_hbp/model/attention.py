@@ -15,6 +15,8 @@ from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import context as micro_batch
 from megatron_hbp.model import kernels
 from megatron_hbp.model.exchange import heads, keys, ring
+from megatron_hbp.model.latents import UpProjection
+from megatron_hbp.model.split import rows_at
 
 EXCHANGES = {
     "a2a": heads.shared_attention,
@@ -48,6 +50,7 @@ class PackedCoreAttention(MegatronModule):
         if config.softmax_type != "vanilla":
             raise ConfigError(f"--softmax-type {config.softmax_type} is not supported with --hbp-plan: use vanilla")
         self.layer_number = layer_number
+        self.up_projection: UpProjection | None = None  # MLA's layer sets it
         default_scale = 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.softmax_scale = default_scale if softmax_scale is None else softmax_scale
         if config.apply_query_key_layer_scaling:
@@ -57,32 +60,38 @@ class PackedCoreAttention(MegatronModule):
         self,
         query: torch.Tensor,
         key: torch.Tensor,
-        value: torch.Tensor,
+        value: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """[s, 1, h, d], [s, 1, k, d], [s, 1, k, dv] -> [s, 1, h * dv]."""
+        """[s, 1, h, d], [s, 1, k, d], [s, 1, k, dv] -> [s, 1, h * dv]; without a value from MLA's latents."""
+        context = micro_batch.current()
+        kernel = kernels.choose(context.kernel, query.device, query.dtype)
+        if value is None:
+            assert self.up_projection is not None
+            parts = self.up_projection.attention(query.squeeze(1), key.squeeze(1), kernel, self.softmax_scale)
+        else:
+            parts = self._attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), kernel)
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return rows_at(out, context.split.back).reshape(out.shape[0], 1, -1)
+
+    def _attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: kernels.Kernel) -> list:
+        """[s, h, d], [s, k, d], [s, k, dv] -> [of the home samples,] [of the shared ones] [.., h, dv]."""
         context = micro_batch.current()
         split = context.split
-        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        kernel = kernels.choose(context.kernel, q.device, q.dtype)
-
         parts = []
         if split.home is not None:
-            q_home, k_home, v_home = (_rows(x, split.home_at) for x in (q, k, v))
+            q_home, k_home, v_home = (rows_at(x, split.home_at) for x in (q, k, v))
             parts.append(kernel(q_home, k_home, v_home, split.home, self.softmax_scale))
         if split.shared is not None:
             assert context.cp_group is not None
-            q_here, k_here, v_here = (_rows(x, split.shared_at) for x in (q, k, v))
+            q_here, k_here, v_here = (rows_at(x, split.shared_at) for x in (q, k, v))
+            if context.exchange not in EXCHANGES:
+                raise ConfigError(f"exchange={context.exchange} needs latent attention: give MLA, or another exchange")
             shared_attention = EXCHANGES[context.exchange]
             parts.append(
                 shared_attention(q_here, k_here, v_here, split.shared, context.cp_group, kernel, self.softmax_scale)
             )
-        out = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return _rows(out, split.back).reshape(out.shape[0], 1, -1)
-
-
-def _rows(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
-    return x if at is None else x.index_select(0, at)
+        return parts

@@ -25,13 +25,17 @@ class PackedRotary(nn.Module):
 
     def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> Any:
         """Frequencies [s, 1, 1, d] of the local positions (YaRN: and its mscale)."""
+        return self.at(micro_batch.current().position_ids)
+
+    def at(self, position_ids: torch.Tensor) -> Any:
+        """The same for any positions [n] inside the samples of the current pack: [n, 1, 1, d]."""
         context = micro_batch.current()
         # The wrapped module caches its tables by length (lru_cache): powers of two keep that to a handful of tables.
         length = 1 << (context.max_seqlen - 1).bit_length()
         table = self.rotary(length)
         if isinstance(table, tuple):
-            return table[0].index_select(0, context.position_ids), *table[1:]
-        return table.index_select(0, context.position_ids)
+            return table[0].index_select(0, position_ids), *table[1:]
+        return table.index_select(0, position_ids)
 
 
 def localise(model: torch.nn.Module) -> int:

@@ -8,6 +8,7 @@ of the pack (samples, then pieces of padding). Layouts: a rank holds one slice o
 2c - 1 - r of 2c (zigzag).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -82,6 +83,12 @@ class Shared:
     ranges_of: tuple[tuple[tuple[int, int], ...], ...]
     """[c]: (start, end) of the ranges of every rank."""
 
+    @functools.cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [x]: position of every token inside its own sample, in the order of the pack."""
+        starts, x = self.segments.cu_q.long(), self.segments.q[-1]
+        return torch.arange(x, device=starts.device) - starts[:-1].repeat_interleave(starts.diff(), output_size=x)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
@@ -96,6 +103,11 @@ class Split:
     """int64 [x_r]: local positions of the shared samples; None where these are all."""
     back: torch.Tensor | None
     """int64 [s]: from (home, shared) rows to local positions."""
+
+
+def rows_at(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    """Rows `at` of x; all where `at` is None."""
+    return x if at is None else x.index_select(0, at)
 
 
 def local_positions(padded_length: int, *, cp_degree: int, zigzag: bool) -> np.ndarray:

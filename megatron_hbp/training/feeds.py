@@ -1,25 +1,24 @@
 """Megatron-LM's data-set provider: the feeds of a rank, and before them the groups they run on."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state
 from megatron.training import get_args
 
-from megatron_hbp.model import kernels
 from megatron_hbp.parallel.groups import CpGroups
+from megatron_hbp.planning.types import Tier
 from megatron_hbp.training.agreement import check_agreement
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.options import HbpOptions
-from megatron_hbp.training.settle import attention_shape, machine_of, settle_tiers
 
 Provider = Callable[..., tuple[Feed, Feed | None, None]]
 
 
-def feeds_provider(options: HbpOptions) -> Provider:
-    """One feed for training and one for evaluation on every rank."""
+def feeds_provider(options: HbpOptions, tiers: Sequence[Sequence[Tier]]) -> Provider:
+    """One feed for training and one for evaluation on every rank; `tiers` of each, with their exchanges."""
     groups: list[CpGroups] = []
 
     def provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Feed, Feed | None, None]:
@@ -29,18 +28,7 @@ def feeds_provider(options: HbpOptions) -> Provider:
             groups.append(_make_groups({tier.cp_degree for part in data for tier in part.plan.tiers}))
         device = torch.device(torch.cuda.current_device())
         feeds: list[Feed | None] = []
-        for part in data:
-            tiers, lines = settle_tiers(
-                part.plan,
-                attention_shape(args),
-                machine_of(args),
-                exchange=args.hbp_exchange,
-                kernel=args.hbp_kernel,
-            )
-            for tier in tiers:
-                kernels.choose(tier.kernel, device, args.params_dtype)
-            if part is options.train and not vp_stage:
-                _say(*lines)
+        for part, settled in zip(data, tiers, strict=True):
             feeds.append(
                 Feed(
                     plan=part.plan,
@@ -50,7 +38,7 @@ def feeds_provider(options: HbpOptions) -> Provider:
                     unit=args.tensor_model_parallel_size if args.sequence_parallel else 1,
                     full_length=args.pipeline_model_parallel_size > 1 and not args.variable_seq_lengths,
                     device=device,
-                    tiers=tiers,
+                    tiers=settled,
                     joint_recompute=args.expert_model_parallel_size > 1,
                     first_step=0 if part is options.valid else args.iteration,
                     cyclic=part is options.valid,

@@ -72,18 +72,21 @@ def run(argv: list[str]) -> None:
     from megatron_hbp.training.feeds import feeds_provider
     from megatron_hbp.training.forward import make_forward_step
     from megatron_hbp.training.metrics import RunMetrics
+    from megatron_hbp.training.settle import settle
 
     # not before the config is made: it would refuse Megatron-LM's default dispatcher, of a dense model too
     args.variable_seq_lengths = model.transformer.variable_seq_lengths = shapes_vary(args, options)
+    tiers, lines = settle(args, model.transformer, options)
     if args.rank == 0:
-        print(f"> hbp: {describe(options)}", flush=True)
+        print(*(f"> hbp: {line}" for line in (describe(options), *lines)), sep="\n", flush=True)
     args.hbp_plan_hash = options.train.plan.hash
     install_context_capture()
+    exchanges = {tier.exchange for settled in tiers for tier in settled}
     metrics = RunMetrics(options.train.plan, options.metrics)
     hooks.install(plan=options.train.plan, valid_plan=options.valid.plan if options.valid else None, metrics=metrics)
     pretrain(
-        pretrain_cfg_container_from_args(args, with_packed_model(model)),
-        feeds_provider(options),
+        pretrain_cfg_container_from_args(args, with_packed_model(model, exchanges)),
+        feeds_provider(options, tiers),
         ModelType.encoder_or_decoder,
         make_forward_step(metrics.observe),
     )

@@ -5,11 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_hbp.errors import ConfigError
+from megatron_hbp.model import kernels
+from megatron_hbp.model.spec import why_no_latents
 from megatron_hbp.planning.exchange import AUTO, EXCHANGES, AttentionShape, Exchange, Machine, choose, refusal
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.types import Kernel, Tier
+from megatron_hbp.training.options import HbpOptions
 
 
 def attention_shape(args: Any) -> AttentionShape:
@@ -40,6 +44,35 @@ def machine_of(args: Any) -> Machine:
         node_bandwidth=args.hbp_node_bandwidth * 1e9,
         cluster_bandwidth=args.hbp_cluster_bandwidth * 1e9,
     )
+
+
+def settle(args: Any, transformer: Any, options: HbpOptions) -> tuple[list[tuple[Tier, ...]], list[str]]:
+    """The settled tiers of the training plan and of the held-out one, and lines for the log.
+
+    Args:
+        args: Megatron-LM's arguments.
+        transformer: the model's TransformerConfig.
+        options: ours.
+
+    Raises:
+        ConfigError: a named exchange or kernel cannot be used.
+    """
+    shape = attention_shape(args)
+    if why_no_latents(transformer):
+        shape = replace(shape, kv_latent=0)
+    device = torch.device(torch.cuda.current_device())
+    settled, said = [], []
+    for part in (options.train, options.valid):
+        if part is None:
+            continue
+        tiers, lines = settle_tiers(
+            part.plan, shape, machine_of(args), exchange=args.hbp_exchange, kernel=args.hbp_kernel
+        )
+        for tier in tiers:
+            kernels.choose(tier.kernel, device, args.params_dtype)
+        settled.append(tiers)
+        said += lines if part is options.train else []
+    return settled, said
 
 
 def settle_tiers(

@@ -11,7 +11,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.models import GPTModelConfig
 
-from megatron_hbp.model.latent import PlainQueryMLASelfAttention
+from megatron_hbp.model.mla import PackedMLASelfAttention
 from megatron_hbp.model.spec import layer_spec
 
 
@@ -56,8 +56,8 @@ def test_megatron_norms_the_queries_or_refuses(monkeypatch):
 
 
 def test_ours_norms_keys_and_values_only(monkeypatch):
-    fused = resolved(PlainQueryMLASelfAttention, monkeypatch, IdentityOp)
-    apart = resolved(PlainQueryMLASelfAttention, monkeypatch, Norm)
+    fused = resolved(PackedMLASelfAttention, monkeypatch, IdentityOp)
+    apart = resolved(PackedMLASelfAttention, monkeypatch, Norm)
 
     assert fused["linear_q_proj"] is Plain and fused["linear_kv_up_proj"] is Fused
     assert apart["linear_q_proj"] is Plain and apart["kv_layernorm"] is Norm
@@ -66,7 +66,7 @@ def test_ours_norms_keys_and_values_only(monkeypatch):
 
 @pytest.mark.parametrize(
     "rank, norm, kind",
-    [(None, True, PlainQueryMLASelfAttention), (24, True, MLASelfAttention), (None, False, MLASelfAttention)],
+    [(None, True, PackedMLASelfAttention), (24, True, MLASelfAttention), (None, False, MLASelfAttention)],
 )
 def test_the_spec_takes_it_where_it_is_needed(monkeypatch, rank, norm, kind):
     monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: 0)
