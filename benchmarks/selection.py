@@ -118,9 +118,8 @@ def main() -> None:
 
 WORD = """## To read with care
 
-* `paper` runs its stage 1 on the same cost model and memory table, at 8K to the longest, at every power of two of ranks;
-  both choices are then planned by our planner, so that only the choice differs. The paper's own planner is slower
-  (benchmarks/simulated.md).
+* `paper` runs its stage 1 on the same cost model and memory table, from 8K to the longest, at every power of two of
+  ranks; both choices are then planned by our planner, so that only the choice differs.
 * `joint` holds the paper's choice among its candidates: it cannot be worse on the data it is chosen for.
 * Where lengths grow but degrees fall ("8K is fastest": 16K at CP 1 behind 8K at CP 2), no plan can serve the paper's
   literal set, as samples go to tiers by length: the longer tier takes the shorter one's degree.

@@ -97,16 +97,16 @@ def plan(
         str | None, typer.Option(help="--auto: LOCAL_TOKENS:LAYERS,... fewest recomputed layers that fit.")
     ] = None,
     longest: Annotated[
-        int | None, typer.Option(help="--auto: longest sample to hold; --overlong says what becomes of longer ones.")
+        int | None, typer.Option(help="--auto: samples longer than this need not fit a tier; see --overlong.")
     ] = None,
 ) -> None:
     """Plan: `hbp plan --lengths L.npy --ranks 32 --tiers ... --step-tokens T --out PLAN`, or --auto for --tiers."""
     if context.invoked_subcommand is not None:
         return
-    given = {"--ranks": ranks, "--tiers (or --auto)": tiers or auto or None, "--step-tokens": step_tokens, "--out": out}
+    given = {"--ranks": ranks, "--tiers": tiers or auto or None, "--step-tokens": step_tokens, "--out": out}
     missing = [flag for flag, value in given.items() if value is None]
     if missing or ranks is None or step_tokens is None or out is None:
-        raise ConfigError(f"hbp plan needs {', '.join(missing)} too; see `hbp plan --help`")
+        raise ConfigError(f"hbp plan needs {', '.join(missing)} too (--auto selects tiers); see `hbp plan --help`")
     _check_auto(tiers, auto, hbp_select, equal_local_tokens, memory, longest)
     data = read_input(lengths, store, loss_tokens)
     model = preset(cost or DEFAULT_COST_MODEL)

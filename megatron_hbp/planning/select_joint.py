@@ -204,17 +204,23 @@ def _rank_seconds(plan: Plan, cost: CostModel, tiers: Sequence[Tier]) -> float:
 
 
 def _kept(lengths: np.ndarray, longest: int | None) -> tuple[np.ndarray, int]:
-    """The samples of at most `longest` tokens, and how long they may be."""
+    """The samples of at most `longest` tokens, and the longest of them."""
     lengths = check_lengths(lengths)
     if longest is None:
         return lengths, int(lengths.max())
     kept = lengths[lengths <= longest]
     if not len(kept):
         raise DataError(f"no sample has at most {longest} tokens, the shortest has {lengths.min()}; raise the limit")
-    return kept, longest
+    return kept, int(kept.max())
 
 
 def _check_reach(longest: int, memory: MemoryTable, degrees: Sequence[int], cost: CostModel) -> None:
+    """Raise ConfigError unless the memory table suits the model, and the longest sample fits at some CP degree."""
+    deepest = max(count for _, count in memory)
+    if deepest > cost.num_layers:
+        raise ConfigError(
+            f"the memory table wants {deepest} recomputed layers, {cost.name} has {cost.num_layers}; correct --memory"
+        )
     local, degree = max(tokens for tokens, _ in memory), max(degrees)
     if local * degree < longest:
         raise ConfigError(

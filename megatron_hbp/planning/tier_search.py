@@ -39,7 +39,7 @@ class Chain:
 
 
 def grid(longest: int, degrees: Sequence[int], memory: MemoryTable) -> tuple[int, ...]:
-    """Packing lengths to choose from, growing, the last at least `longest`.
+    """Packing lengths to choose from, growing, the last at least `longest` and at least what fits on one rank.
 
     Every local length of the memory table at every degree (more tokens with the same recompute is free of charge),
     powers of two and one and a half times them, and `longest` rounded up to what all degrees divide.
@@ -47,7 +47,7 @@ def grid(longest: int, degrees: Sequence[int], memory: MemoryTable) -> tuple[int
     unit = int(np.lcm.reduce([256, *degrees]))
     needed = -(-longest // unit) * unit
     shortest = min(local for local, _ in memory)
-    top = max(needed, 1 << (longest - 1).bit_length())
+    top = max(needed, 1 << (longest - 1).bit_length(), max(local for local, _ in memory))
     found = {needed} | {local * degree for local, _ in memory for degree in degrees}
     found |= {half << k for half in (2, 3) for k in range(top.bit_length())}
     return tuple(sorted(length for length in found if shortest <= length <= top or length == needed))
@@ -77,22 +77,21 @@ class Work:
         self.count, self.tokens, self.squares = (
             values[None, 1:] - values[:-1, None] for values in (places.astype(float), *sums)
         )
-        rng = np.random.default_rng(0)
         self.packs = np.zeros_like(self.tokens)
         for low in range(len(edges)):
             for high in range(low, len(edges)):
                 own = ordered[places[low] : places[high + 1]]
                 if len(own):
-                    self.packs[low, high] = num_packs(own, edges[high], rng)
+                    self.packs[low, high] = num_packs(own, edges[high])
 
 
-def num_packs(own: np.ndarray, capacity: int, rng: np.random.Generator) -> float:
-    """About how many packs of `capacity` samples `own` int64 [n] need by themselves."""
+def num_packs(own: np.ndarray, capacity: int) -> float:
+    """About how many packs of `capacity` samples `own` int64 [n], growing, need by themselves."""
     ideal = own.sum() / (capacity * FULL)
     # Below a tenth of a pack best-fit decreasing leaves less than the filler's 0.1%.
     if own[-1] * 10 <= capacity:
         return float(ideal)
-    draw = own if len(own) <= PACKED_DRAW else rng.choice(own, PACKED_DRAW, replace=False)
+    draw = own if len(own) <= PACKED_DRAW else np.random.default_rng(0).choice(own, PACKED_DRAW, replace=False)
     packs = int(best_fit_decreasing(draw, capacity).max()) + 1
     if len(draw) == len(own):
         return float(packs)
