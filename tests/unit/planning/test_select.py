@@ -114,7 +114,8 @@ def test_joint_is_never_worse_than_the_paper(name, lengths, fixed):
     found = select_joint(lengths, cost, num_ranks=32, step_tokens=32 * 16384, longest=131072, num_planned=2)
     paper = next(one for one in found.tried if one.source == "paper")
     assert found.chosen.seconds <= paper.seconds
-    assert found.chosen.seconds == min(one.seconds for one in found.tried) and found.chosen.tiers == found.tiers
+    assert found.chosen.seconds <= 1.001 * min(one.seconds for one in found.tried)
+    assert found.chosen.tiers == found.tiers
     assert all(one.tiers[-1].packing_length >= lengths[lengths <= 131072].max() for one in found.tried)
     assert all(t.recompute == layers(least(t.local_tokens)) for one in found.tried for t in one.tiers)
     assert any(one.has_equal_local_tokens for one in found.tried)
