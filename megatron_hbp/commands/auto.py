@@ -76,8 +76,7 @@ def auto_tiers(
             "or use --hbp-select joint"
         )
     console.print(selection_table(found, cost_model=cost.name))
-    gap = paper.seconds / found.chosen.seconds - 1
-    console.print(
-        f"Chosen: the paper's tiers, as asked; joint selection's epoch would be {gap:.1%} shorter.", highlight=False
-    )
+    saved = 1 - found.chosen.seconds / paper.seconds
+    other = f"joint selection's epoch is {saved:.1%} shorter" if saved > 0 else "joint selection has no shorter epoch"
+    console.print(f"Chosen: the paper's tiers, as asked; {other}.", highlight=False)
     return paper.tiers
