@@ -22,6 +22,7 @@ from megatron_hbp.planning.generators import generate
 from megatron_hbp.planning.layout import Request
 from megatron_hbp.planning.peers import dynamic_cp, static_cp
 from megatron_hbp.planning.plan import DataFingerprint
+from megatron_hbp.planning.select_joint import select_joint
 from megatron_hbp.planning.simulate import Simulation, simulate
 from megatron_hbp.planning.topology import Topology
 from megatron_hbp.planning.types import Tier
@@ -31,17 +32,12 @@ FOUR_TIERS = "16384:cp1:full28,32768:cp2:full28,65536:cp4:full28,131072:cp8:full
 
 @dataclass(frozen=True, kw_only=True)
 class LatentExchange(CostModel):
-    """Exchange of q, k, v latents for MLA where it is less than heads for sequence. TO SWAP for planning/exchange.py.
-
-    2,112 (c - 1) + 16,384 (c - 1) / c elements a local token; the cost model multiplies by (c - 1) / c itself.
-    """
+    """Exchange of q, k, v latents (planning/exchange.py) in the tiers where it costs less than heads for sequence."""
 
     def tier_cost(self, tier: Tier) -> TierCost:
         """Coefficients of `tier`."""
-        values = {field.name: getattr(self, field.name) for field in fields(CostModel)}
-        latent = 2.0 * (2112 * tier.cp_degree + 16384)
-        values["exchange_bytes"] = min(values["exchange_bytes"], latent)
-        return CostModel(**values).tier_cost(tier)
+        latent = super().tier_cost(replace(tier, exchange="qkv_latent"))
+        return min(super().tier_cost(tier), latent, key=lambda cost: cost.per_token)
 
 
 def with_latents(cost: CostModel) -> CostModel:
@@ -92,32 +88,14 @@ def settings() -> Iterator[Setting]:
         )  # fmt: skip
 
 
-# TO REPLACE by planning/select.py: a fixed search over tier sets and the recompute that the memory table allows.
-def candidate_tiers(setting: Setting) -> Iterator[tuple[Tier, ...]]:
-    """Tier sets of equal or unequal local tokens, each with the least recompute that fits."""
-    longest = parse_tiers(setting.naive)[-1].packing_length
-    table = setting.cost.recompute_layers
-    for local in sorted({tokens for tokens, _ in table} or {parse_tiers(setting.naive)[-1].local_tokens}):
-        degree, chain = 1, []
-        while local * degree <= longest and degree <= min(setting.ranks, setting.cost.max_cp_degree):
-            chain.append(Tier(packing_length=local * degree, cp_degree=degree))
-            degree *= 2
-        if chain[-1].packing_length != longest:
-            continue
-        for tiers in (tuple(chain), (chain[0], chain[-1])):
-            yield tuple(setting.cost.with_recompute(tier) for tier in tiers)
-    if table:
-        yield parse_tiers("16384:cp1:full28,32768:cp2:full28,65536:cp8:full23,131072:cp32:full8")
-        yield parse_tiers("16384:cp1:full28,32768:cp2:full28,65536:cp4:full28,131072:cp16:full23")
-
-
 def selected_tiers(setting: Setting, lengths: np.ndarray, cost: CostModel) -> tuple[Tier, ...]:
-    """The candidate of least simulated time on a draw of 100,000 samples."""
+    """Joint selection on a draw of 100,000 samples; without a memory table as many local tokens fit as in naive."""
+    naive = parse_tiers(setting.naive)[-1]
     draw = np.random.default_rng(0).permutation(lengths)[:100_000]
-    return min(
-        candidate_tiers(setting),
-        key=lambda tiers: setting.run(setting.plan(draw, tiers, cost), cost).epoch_seconds,
-    )
+    return select_joint(
+        draw, cost, cost.recompute_layers or ((naive.local_tokens, 0),), num_ranks=setting.ranks,
+        step_tokens=setting.slots * setting.ranks * LOCAL, longest=naive.packing_length, num_planned=4,
+    ).tiers  # fmt: skip
 
 
 Line = tuple[str, Simulation]
@@ -243,8 +221,8 @@ WORD = """## To read with care
   only although parameters are sharded, which favours it; in DeepSeek-V2 every slot is a barrier for all.
 * Sorted order (the paper's) and random order are meant to take the same time: random order is there for training, it
   is not meant to gain speed.
-* Joint selection here searches tier sets of equal local tokens and two more, with the least recompute. DeepSeek-V2
-  has no memory table, so there is nothing to trade recompute for and it only picks a tier set.
+* Joint selection is `hbp plan --auto`'s (benchmarks/selection.md), on a draw of 100,000 samples. DeepSeek-V2 has no
+  memory table: as many local tokens fit as in its naive tier, there is no recompute to trade, and it picks a tier set.
 * The latent exchange is priced by the elements it moves; that it needs no extra FLOPs was tried elsewhere, not here.
 * The fitted rates are those of H100s as the paper's tables show them; links of DeepSeek-V2's cluster are assumptions.
 """

@@ -11,6 +11,7 @@ import numpy as np
 import typer
 from rich.progress import track
 
+from megatron_hbp.commands.auto import Select, auto_tiers, parse_memory
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import planfile
 from megatron_hbp.planning.compare import Planner, contenders
@@ -85,19 +86,41 @@ def plan(
     curriculum_steps: Annotated[int, typer.Option(min=0, help="Steps at the start with the short tier only.")] = 0,
     slot_multiple: Annotated[int, typer.Option(min=1, help="Micro-batches of a step come in multiples of this.")] = 1,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, each in an order of its own.")] = 1,
+    auto: Annotated[bool, typer.Option("--auto", help="Select the tiers, instead of --tiers.")] = False,
+    hbp_select: Annotated[
+        Select | None, typer.Option(help="--auto: joint (default; least modelled epoch), or paper (its two stages).")
+    ] = None,
+    equal_local_tokens: Annotated[
+        bool, typer.Option("--equal-local-tokens", help="--auto: static shapes, as many tokens on a rank in all tiers.")
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="--auto: LOCAL_TOKENS:LAYERS,... fewest recomputed layers that fit.")
+    ] = None,
+    longest: Annotated[
+        int | None, typer.Option(help="--auto: samples longer than this need not fit a tier; see --overlong.")
+    ] = None,
 ) -> None:
-    """Plan: `hbp plan --lengths L.npy --ranks 32 --tiers ... --step-tokens T --out PLAN`."""
+    """Plan: `hbp plan --lengths L.npy --ranks 32 --tiers ... --step-tokens T --out PLAN`, or --auto for --tiers."""
     if context.invoked_subcommand is not None:
         return
-    given = {"--ranks": ranks, "--tiers": tiers, "--step-tokens": step_tokens, "--out": out}
+    given = {"--ranks": ranks, "--tiers": tiers or auto or None, "--step-tokens": step_tokens, "--out": out}
     missing = [flag for flag, value in given.items() if value is None]
-    if missing or ranks is None or tiers is None or step_tokens is None or out is None:
-        raise ConfigError(f"hbp plan needs {', '.join(missing)} too; see `hbp plan --help`")
+    if missing or ranks is None or step_tokens is None or out is None:
+        raise ConfigError(f"hbp plan needs {', '.join(missing)} too (--auto selects tiers); see `hbp plan --help`")
+    _check_auto(tiers, auto, hbp_select, equal_local_tokens, memory, longest)
     data = read_input(lengths, store, loss_tokens)
     model = preset(cost or DEFAULT_COST_MODEL)
-    wanted = parse_tiers(tiers)
-    if cost:  # a named cost model knows how much must be recomputed to fit into memory
-        wanted = tuple(model.with_recompute(tier) for tier in wanted)
+    if tiers is None:
+        wanted = auto_tiers(
+            check_lengths(data.lengths), model, select=hbp_select or Select.joint, num_ranks=ranks,
+            memory=parse_memory(memory) if memory is not None else None, step_tokens=step_tokens, longest=longest,
+            overlong=overlong.value, equal_local_tokens=equal_local_tokens, schedule=schedule.value,
+            slot_multiple=slot_multiple, seed=seed, console=wide_console(),
+        )  # fmt: skip
+    else:
+        wanted = parse_tiers(tiers)
+        if cost:  # a named cost model knows how much must be recomputed to fit into memory
+            wanted = tuple(model.with_recompute(tier) for tier in wanted)
     common: dict[str, Any] = {"tiers": wanted, "num_ranks": ranks, "step_tokens": step_tokens, "cost": model}
     common["overlong"] = overlong.value
     passes = [
@@ -116,6 +139,20 @@ def plan(
     console.print(metrics_table({"HBP": made, f"naive, all in {wanted[-1].packing_length:,}": naive}, model))
     console.print(counts_line(made))
     console.print(f"plan written to {out} (hash {made.hash})", soft_wrap=True)
+
+
+def _check_auto(
+    tiers: str | None, auto: bool, hbp_select: Select | None, equal: bool, memory: str | None, longest: int | None
+) -> None:
+    """Raise ConfigError for --tiers with --auto, and for the latter's options without it."""
+    if tiers is not None and auto:
+        raise ConfigError("--tiers and --auto exclude each other; give the tiers, or have them selected")
+    options = {
+        "--hbp-select": hbp_select, "--equal-local-tokens": equal or None, "--memory": memory, "--longest": longest,
+    }  # fmt: skip
+    stray = [flag for flag, value in options.items() if value is not None]
+    if stray and not auto:
+        raise ConfigError(f"{', '.join(stray)} select tiers: give --auto too, or leave out what --tiers decides")
 
 
 @app.command()

@@ -19,9 +19,9 @@ from megatron_hbp.model.latents import UpProjection
 from megatron_hbp.model.split import rows_at
 
 EXCHANGES = {
-    "a2a": heads.shared_attention,
-    "all_gather": keys.shared_attention,
-    "p2p": ring.shared_attention,
+    "a2a": heads.start,
+    "all_gather": keys.start,
+    "p2p": ring.start,
 }
 
 
@@ -81,17 +81,17 @@ class PackedCoreAttention(MegatronModule):
         """[s, h, d], [s, k, d], [s, k, dv] -> [of the home samples,] [of the shared ones] [.., h, dv]."""
         context = micro_batch.current()
         split = context.split
-        parts = []
+        parts, finish = [], None
+        if split.shared is not None:
+            assert context.cp_group is not None
+            if context.exchange not in EXCHANGES:
+                raise ConfigError(f"exchange={context.exchange} needs latent attention: give MLA, or another exchange")
+            q_here, k_here, v_here = (rows_at(x, split.shared_at) for x in (q, k, v))
+            # started first: the rows are on their way while this rank attends to its samples at home
+            finish = EXCHANGES[context.exchange](q_here, k_here, v_here, split.shared, context.cp_group)
         if split.home is not None:
             q_home, k_home, v_home = (rows_at(x, split.home_at) for x in (q, k, v))
             parts.append(kernel(q_home, k_home, v_home, split.home, self.softmax_scale))
-        if split.shared is not None:
-            assert context.cp_group is not None
-            q_here, k_here, v_here = (rows_at(x, split.shared_at) for x in (q, k, v))
-            if context.exchange not in EXCHANGES:
-                raise ConfigError(f"exchange={context.exchange} needs latent attention: give MLA, or another exchange")
-            shared_attention = EXCHANGES[context.exchange]
-            parts.append(
-                shared_attention(q_here, k_here, v_here, split.shared, context.cp_group, kernel, self.softmax_scale)
-            )
+        if finish is not None:
+            parts.append(finish(kernel, self.softmax_scale))
         return parts

@@ -131,7 +131,7 @@ def attend(
     rows = torch.tensor([i for a, b in shared.ranges_of[here] for i in range(a, b)], dtype=torch.long)
     mine = [tensor.detach()[rows].to(dtype).requires_grad_() for tensor in whole]
     with counted(node_size=8) as forward:
-        out = EXCHANGES[exchange](*mine, shared, group, kernels.reference, scale)
+        out = EXCHANGES[exchange](*mine, shared, group)(kernels.reference, scale)
     with counted(node_size=8) as backward:
         grads = torch.autograd.grad(out, mine, towards[rows].to(dtype))
     deviation = 0.0

@@ -2,7 +2,8 @@
 
 Every exchange answers the same question: the attention of the queries that lie here, over the shared samples.
 
-    shared_attention(q [x_r, h, d], k [x_r, k, d], v [x_r, k, dv], shared, group, kernel, scale) -> [x_r, h, dv]
+    finish = start(q [x_r, h, d], k [x_r, k, d], v [x_r, k, dv], shared, group)
+    finish(kernel, scale) -> [x_r, h, dv]
 
 x_r are this rank's tokens of the shared samples (model/split.py).
 """

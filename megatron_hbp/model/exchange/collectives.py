@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 
+Way = tuple[tuple[int, ...], tuple[int, ...], dist.ProcessGroup]
+"""Rows to each rank, rows from each rank, and the group."""
+
+
 class Traffic:
     """Bytes received from other ranks, inside this rank's node and from other nodes."""
 
@@ -56,7 +60,7 @@ def all_to_all_rows(
     rows: torch.Tensor, rows_to: Sequence[int], rows_from: Sequence[int], group: dist.ProcessGroup
 ) -> torch.Tensor:
     """Send the first rows_to[0] rows to rank 0 and so on; returns [sum(rows_from), ...] in rank order."""
-    return _AllToAll.apply(rows, tuple(rows_to), tuple(rows_from), group)
+    return Transfer(rows, rows_to, rows_from, group).wait()
 
 
 def all_gather_rows(rows: torch.Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
@@ -64,18 +68,64 @@ def all_gather_rows(rows: torch.Tensor, counts: Sequence[int], group: dist.Proce
     return _AllGather.apply(rows, tuple(counts), group)
 
 
-class _AllToAll(torch.autograd.Function):
+class Transfer:
+    """Rows under way: what has been started hides under whatever is computed before `wait`, in the backward too.
+
+    Autograd runs the backward of later operations first: that of `wait` starts the way back, that of the start waits.
+    """
+
+    def __init__(self, rows: torch.Tensor, rows_to: Sequence[int], rows_from: Sequence[int], group: dist.ProcessGroup):
+        """Start an all-to-all as `all_to_all_rows` runs."""
+        self.there, self.back = (tuple(rows_to), tuple(rows_from), group), (tuple(rows_from), tuple(rows_to), group)
+        self.work: dist.Work | None = None
+        self.sent: torch.Tensor | None = None  # kept until it has left
+        self.returned: torch.Tensor | None = None
+        self.rows = _Start.apply(rows, self)
+
+    def start(self, rows: torch.Tensor, way: Way) -> torch.Tensor:
+        """Rows that will hold what arrives."""
+        self.sent = rows.contiguous()
+        received, self.work = _started(self.sent, *way)
+        return received
+
+    def arrived(self) -> None:
+        """Wait for what was started last."""
+        assert self.work is not None
+        self.work.wait()
+        self.work = self.sent = None
+
+    def wait(self) -> torch.Tensor:
+        """[sum(rows_from), ...] in rank order."""
+        rows, self.rows = _Wait.apply(self.rows, self), None
+        return rows
+
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, rows: torch.Tensor, rows_to: tuple[int, ...], rows_from: tuple[int, ...], group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.way_back = (rows_from, rows_to, group)
-        return _exchanged(rows, rows_to, rows_from, group)
+    def forward(ctx, rows: torch.Tensor, transfer: Transfer) -> torch.Tensor:
+        ctx.transfer = transfer
+        return transfer.start(rows, transfer.there)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _exchanged(grad, *ctx.way_back), None, None, None
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        ctx.transfer.arrived()
+        returned, ctx.transfer.returned = ctx.transfer.returned, None
+        return returned, None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, transfer: Transfer) -> torch.Tensor:
+        ctx.transfer = transfer
+        transfer.arrived()
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.transfer.returned = ctx.transfer.start(grad, ctx.transfer.back)
+        return grad, None
 
 
 class _AllGather(torch.autograd.Function):
@@ -99,8 +149,17 @@ class _AllGather(torch.autograd.Function):
 def _exchanged(
     rows: torch.Tensor, rows_to: tuple[int, ...], rows_from: tuple[int, ...], group: dist.ProcessGroup
 ) -> torch.Tensor:
+    received, work = _started(rows.contiguous(), rows_to, rows_from, group)
+    work.wait()
+    return received
+
+
+def _started(
+    rows: torch.Tensor, rows_to: tuple[int, ...], rows_from: tuple[int, ...], group: dist.ProcessGroup
+) -> tuple[torch.Tensor, dist.Work]:
     received = rows.new_empty((sum(rows_from), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), list(rows_from), list(rows_to), group=group)
+    work = dist.all_to_all_single(received, rows, list(rows_from), list(rows_to), group=group, async_op=True)
+    assert work is not None
     row_bytes = received[:1].numel() * received.element_size() if len(received) else 0
     count(group, [n * row_bytes for n in rows_from])
-    return received
+    return received, work

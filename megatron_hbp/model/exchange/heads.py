@@ -5,30 +5,35 @@ head widths, `m` = lcm(k, c) KV heads after replication.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-from megatron_hbp.model.exchange.collectives import all_to_all_rows
+from megatron_hbp.model.exchange.collectives import Transfer, all_to_all_rows
 from megatron_hbp.model.kernels import Kernel
 from megatron_hbp.model.split import Shared
 
 
-def shared_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared, group: dist.ProcessGroup, kernel: Kernel,
-    scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """Attention with h / c heads over all x tokens between two all-to-alls."""
-    q, k, v = sequence_to_heads(q, k, v, shared, group)
-    return heads_to_sequence(kernel(q, k, v, shared.segments, scale), shared, group)
+def start(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared, group: dist.ProcessGroup
+) -> Callable[[Kernel, float], torch.Tensor]:
+    """Attention with h / c heads over all x tokens between two all-to-alls, of which the first is started here."""
+    heads_under_way = sequence_to_heads(q, k, v, shared, group)
+
+    def finish(kernel: Kernel, scale: float) -> torch.Tensor:
+        return heads_to_sequence(kernel(*heads_under_way(), shared.segments, scale), shared, group)
+
+    return finish
 
 
 def sequence_to_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """[x_r, h, d], [x_r, k, d], [x_r, k, dv] -> [x, h/c, d], [x, m/c, d], [x, m/c, dv], in one all-to-all.
 
-    KV heads need not divide: they are replicated up to lcm(k, c), which divides h whenever both k and c do.
+    It is started here; the answer waits for it. KV heads need not divide: they are replicated up to lcm(k, c), which
+    divides h whenever both k and c do.
     """
     c = len(shared.counts)
     copies = math.lcm(k.shape[1], c) // k.shape[1]
@@ -38,12 +43,18 @@ def sequence_to_heads(
     per_rank = [part.reshape(x_r, c, part.shape[1] // c * part.shape[2]) for part in (q, k, v)]
     widths = [part.shape[2] for part in per_rank]
     rows = torch.cat(per_rank, dim=2).transpose(0, 1).flatten(0, 1)  # [c * x_r, w], head blocks in rank order
-    received = all_to_all_rows(rows, (x_r,) * c, shared.counts, group)  # [x, w]
-    if shared.to_pack is not None:
-        received = received.index_select(0, shared.to_pack)
-    parts = received.split(widths, dim=1)
-    mine = [part.unflatten(1, (x.shape[1] // c, x.shape[2])) for part, x in zip(parts, (q, k, v), strict=True)]
-    return mine[0], mine[1], mine[2]
+    transfer = Transfer(rows, (x_r,) * c, shared.counts, group)
+    shapes = [(part.shape[1] // c, part.shape[2]) for part in (q, k, v)]
+
+    def arrived() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        received = transfer.wait()  # [x, w]
+        if shared.to_pack is not None:
+            received = received.index_select(0, shared.to_pack)
+        parts = received.split(widths, dim=1)
+        mine = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return mine[0], mine[1], mine[2]
+
+    return arrived
 
 
 def heads_to_sequence(out: torch.Tensor, shared: Shared, group: dist.ProcessGroup) -> torch.Tensor:

@@ -4,6 +4,9 @@ With grouped-query attention this moves less than heads for sequence at small CP
 The work is balanced under the zigzag layout only. Legend as in heads.py.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -12,13 +15,18 @@ from megatron_hbp.model.kernels import Kernel
 from megatron_hbp.model.split import Shared
 
 
-def shared_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared, group: dist.ProcessGroup, kernel: Kernel,
-    scale: float,
-) -> torch.Tensor:  # fmt: skip
+def start(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared, group: dist.ProcessGroup
+) -> Callable[[Kernel, float], torch.Tensor]:
     """Attention of this rank's queries over keys and values gathered in one call."""
     widths = (k.shape[2], v.shape[2])
     gathered = all_gather_rows(torch.cat((k, v), dim=2), shared.counts, group)  # [x, k, d + dv]
+    return functools.partial(_attend, q, gathered, widths, shared)
+
+
+def _attend(
+    q: torch.Tensor, gathered: torch.Tensor, widths: tuple[int, int], shared: Shared, kernel: Kernel, scale: float
+) -> torch.Tensor:
     if shared.to_pack is not None:
         gathered = gathered.index_select(0, shared.to_pack)
     k, v = gathered.split(widths, dim=2)

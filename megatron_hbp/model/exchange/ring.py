@@ -11,7 +11,7 @@ at the owner, which adds its own share. So of one layer a rank receives per loca
 Legend as in heads.py; `flat` is a rank's keys and then its values in one row of numbers: one message a hop.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,18 @@ from megatron_hbp.model.kernels import Kernel
 from megatron_hbp.model.split import Segments, Shared
 
 
-def shared_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared, group: dist.ProcessGroup, kernel: Kernel,
-    scale: float,
-) -> torch.Tensor:  # fmt: skip
-    """Attention of this rank's queries over the keys and values of all ranks, a rank at a time."""
-    return _Ring.apply(q, k, v, shared, group, blocks.name_of(kernel), scale)
+def start(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: Shared, group: dist.ProcessGroup
+) -> Callable[[Kernel, float], torch.Tensor]:
+    """Attention of this rank's queries over the keys and values of all ranks, a rank at a time.
+
+    Nothing is started yet: the ring's transfers hide under its own blocks.
+    """
+
+    def finish(kernel: Kernel, scale: float) -> torch.Tensor:
+        return _Ring.apply(q, k, v, shared, group, blocks.name_of(kernel), scale)
+
+    return finish
 
 
 class Hop:
