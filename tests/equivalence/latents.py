@@ -6,10 +6,10 @@ weights: a gradient that tensor parallelism loses is lost in one sample at a tim
 """
 
 import contextlib
-import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from megatron_hbp.model import latents, sliced  # noqa: E402
 from megatron_hbp.model.exchange import collectives, latent_ring  # noqa: E402
 from megatron_hbp.model.mla import PackedMLASelfAttention  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.exchange import AttentionShape, Exchange, elements  # noqa: E402
 from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
-from tests.equivalence import optimizer  # noqa: E402
+from tests.equivalence import matrix, models  # noqa: E402
+from tests.equivalence.dealing import dealt, one_by_one  # noqa: E402
+from tests.equivalence.factors import Case  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore  # noqa: E402
-from tests.equivalence.stepping import Packs, Stepper, alone, worst  # noqa: E402
+from tests.equivalence.stepping import Packs, Stepper, alone, groups_of, laid_out, worst  # noqa: E402
 
 LENGTHS = [90, 1, 12, 25, 70, 33, 3, 17, 40, 1, 60, 5, 100, 95, 23, 9]
 # (step, slot, rank0, tier, samples); nothing of [9] is shared, and the last slot leaves ranks idle
@@ -84,14 +85,6 @@ def main(result_path: str) -> None:
     dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def ranks(tp: int = 1, ep: int = 1) -> Iterator[None]:
-    """A layout of the four ranks."""
-    parallel_state.initialize_model_parallel(tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
-    yield
-    parallel_state.destroy_model_parallel()
-
-
 def stepper_of(**changes: Any) -> Stepper:
     """The MLA model under the current layout."""
     num_ranks = parallel_state.get_data_parallel_world_size()
@@ -115,7 +108,7 @@ def packed(stepper: Stepper, *exchanges: Exchange, policy: Recompute = NONE) -> 
 
 def one_layout(results: dict[str, Any]) -> None:
     """All recompute policies, exchanges mixed, breakages, bytes, queries without compression."""
-    with ranks():
+    with laid_out():
         stepper = stepper_of()
         yard = singles(stepper)
         for name, policy in POLICIES.items():
@@ -152,7 +145,7 @@ def ordinary_at_home(x: torch.Tensor, weight: torch.Tensor, rows: slice, owner: 
 
 def experts(results: dict[str, Any]) -> None:
     """Expert parallelism."""
-    with ranks(ep=2):
+    with laid_out(ep=2):
         stepper = stepper_of()
         yard = singles(stepper)
         results["ep2, cp2 kv_latent, cp4 qkv_latent recompute=full"] = worst(
@@ -162,16 +155,16 @@ def experts(results: dict[str, Any]) -> None:
 
 def tensor_parallel(results: dict[str, Any]) -> None:
     """TP 2 against one sample at a time, and against TP 1."""
-    with ranks(tp=2):
+    with laid_out(tp=2):
         for q_lora_rank in (24, None):
             stepper = stepper_of(**({} if q_lora_rank else PLAIN_QUERIES))
             yard = singles(stepper)
             for exchange in LATENT if q_lora_rank else LATENT[:1]:
                 mine = packed(stepper, exchange, policy=UP if q_lora_rank else NONE)
                 results[f"tp2 {exchange} q_lora_rank={q_lora_rank}"] = worst(mine, yard)
-    with ranks():
+    with laid_out():
         yard = singles(stepper_of(**DENSE))
-    with ranks(tp=2):
+    with laid_out(tp=2):
         for sequence_parallel in (True, False):
             stepper = stepper_of(**DENSE, sequence_parallel=sequence_parallel)
             case = f"tp2 against tp1, {'with' if sequence_parallel else 'without'} sequence parallelism"
@@ -211,24 +204,23 @@ def distributed_optimizer(results: dict[str, Any]) -> None:
             made.step = last_gathers
         return made
 
-    get_megatron_optimizer = optimizer.get_megatron_optimizer
-    with ranks():
-        groups = CpGroups.create((2, 4), parallel_state.get_data_parallel_group(), timedelta(minutes=1))
-        tiers = [
-            Tier(packing_length=128, exchange="a2a"),
-            Tier(packing_length=256, cp_degree=2, exchange="qkv_latent", recompute=UP),
-            Tier(packing_length=512, cp_degree=4, exchange="kv_latent"),
-        ]
-        lone = [(s, i // 4, i % 4, 0, [8 * s + i]) for s in range(2) for i in range(8)]
-        run = functools.partial(optimizer.parameters_after, "moe", torch.float32, groups)
+    get_megatron_optimizer = matrix.get_megatron_optimizer
+    case = Case(model="moe", ranks=4, cp="mixed", optimizer="distributed")
+    exchanges: dict[int, Exchange] = {1: "a2a", 2: "qkv_latent", 4: "kv_latent"}
+    tiers = [
+        replace(tier, exchange=exchanges[tier.cp_degree], recompute=UP if tier.cp_degree == 2 else NONE)
+        for tier in matrix.tiers_of(case)
+    ]
+    with laid_out():
+        groups = groups_of((2, 4))
         with (
-            mock.patch.object(optimizer, "get_megatron_optimizer", optimizer_of),
-            mock.patch.object(optimizer, "DistributedDataParallelConfig", config_of),
-            mock.patch.dict(optimizer.EPSILON, {torch.float32: 1e-5}),
+            mock.patch.object(matrix, "get_megatron_optimizer", optimizer_of),
+            mock.patch.object(models, "DistributedDataParallelConfig", config_of),
         ):
-            yard = run(lone, tiers, distributed=False)
-            packs = optimizer.packs_of(4)
-            results["fp32 distributed optimizer"] = optimizer.worst(run(packs, tiers, distributed=True), yard)
+            plain = [Tier(packing_length=matrix.LOCAL_TOKENS)]
+            yard = matrix.train(replace(case, optimizer="plain"), torch.float32, groups, one_by_one(case), plain)
+            mine = matrix.train(case, torch.float32, groups, dealt(case), tiers)
+        results["fp32 distributed optimizer"] = worst(mine.parameters, yard.parameters)
 
 
 def whole_gradients(stepper: Stepper, mine: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-
 Way = tuple[tuple[int, ...], tuple[int, ...], dist.ProcessGroup]
 """Rows to each rank, rows from each rank, and the group."""
 
