@@ -53,6 +53,7 @@ class Stepper:
         extra_unit: int = 1,
         forward_step: Callable | None = None,
         schedule: str = "lockstep",
+        read_ahead: int = 0,
     ) -> Iterator[int]:
         """Accumulate the gradients of one step after the other; yields its number after each."""
         plan = plan_of(packs, tiers=tiers, lengths=self.store.lengths, num_ranks=self.num_ranks)
@@ -61,7 +62,7 @@ class Stepper:
             feed.Feed(
                 plan=plan, store=self.store, groups=self.groups, rank=parallel_state.get_data_parallel_rank(),  # type: ignore[arg-type]
                 unit=self.tp * extra_unit, full_length=fixed_shapes, device=torch.device("cpu"),
-                joint_recompute=parallel_state.get_expert_model_parallel_world_size() > 1,
+                joint_recompute=parallel_state.get_expert_model_parallel_world_size() > 1, read_ahead=read_ahead,
             )
             for _ in self.chunks
         ]  # fmt: skip
