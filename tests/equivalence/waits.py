@@ -29,11 +29,11 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import forward, metrics  # noqa: E402
+from tests.blame import caller  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
 from tests.equivalence.stepping import Stepper, groups_of, laid_out  # noqa: E402
 
-OURS, THEIRS = "/megatron_hbp/", "/site-packages/megatron/"
 OPERATORS = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_consecutive",
     "unique_dim", "bincount", "_assert_async", "_ctc_loss", "histc",
@@ -83,15 +83,8 @@ class Waits(TorchDispatchMode):
         return call
 
     def _count(self, name: str) -> None:
-        frame = sys._getframe(2)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            # the platform layer stands in for CUDA and runs on CPU only; it passes calls on
-            if THEIRS in file or (OURS in file and "/platform/" not in file):
-                found = self.ours if THEIRS not in file else self.theirs
-                found[f"{Path(file).parent.name}/{Path(file).name}:{frame.f_lineno} {name}"] += 1
-                return
-            frame = frame.f_back  # type: ignore[assignment]
+        if found := caller(sys._getframe(2)):
+            (self.ours if found[0] else self.theirs)[f"{found[1]} {name}"] += 1
 
 
 LENGTHS = [17, 40, 23, 60, 33, 9, 31, 25]
