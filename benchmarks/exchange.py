@@ -200,10 +200,12 @@ def times_table(folder: Path) -> list[Table]:
 def modelled_table(folder: Path) -> list[Table]:
     """Chosen exchange against the worst allowed one, seconds a step."""
     table = table_of(
-        "Chosen exchange against the worst allowed one, modelled: lengths like Tulu-3 + LongCite, up to 128K, 64K tokens a rank and step",
+        "Chosen exchange against the worst allowed one, modelled: lengths like Tulu-3 + LongCite, up to 128K, "
+        "64K tokens a rank and step",
         "A step takes the sum over its slots of the slowest pack (compute + exposed exchange, forward, backward and "
         "recomputed forward). Rates and links of planning/cost.py; a ring hides 80% of what fits under attention.",
-        "setting", "CP", "chosen", "worst", "ms a layer", "ms a layer ", "s a step", "s a step ", "saved s", "saved", "with a2a",
+        "setting", "CP", "chosen", "worst", "ms a layer", "ms a layer ", "s a step", "s a step ", "saved s", "saved",
+        "with a2a",
     )  # fmt: skip
     for name, model, ranks, layers in CLUSTERS:
         cost = preset(model)
@@ -220,6 +222,7 @@ def modelled_table(folder: Path) -> list[Table]:
         best, worst = choices(plan, cost, best=True), choices(plan, cost, best=False)
         ulysses: list[Exchange] = ["a2a"] * len(plan.tiers)
         chosen, dear, usual = (step_seconds(plan, cost, picked) for picked in (best, worst, ulysses))
+        totals = [f"{chosen:.2f}", f"{dear:.2f}", f"{dear - chosen:.2f}", f"{1 - chosen / dear:.1%}", f"{usual:.2f}"]
         for index, tier in enumerate(plan.tiers):
             if tier.cp_degree == 1:
                 continue
@@ -228,7 +231,7 @@ def modelled_table(folder: Path) -> list[Table]:
             table.add_row(
                 name if tier.cp_degree == 2 else "", str(tier.cp_degree), best[index], worst[index],
                 f"{one * 1e3:.2f}", f"{other * 1e3:.2f}",
-                *((f"{chosen:.2f}", f"{dear:.2f}", f"{dear - chosen:.2f}", f"{1 - chosen / dear:.1%}", f"{usual:.2f}") if last else ()),
+                *(totals if last else ()),
             )  # fmt: skip
     return [table]
 

@@ -95,6 +95,8 @@ class HbpOptions:
             if stray:
                 raise ConfigError(f"--{stray[0].replace('_', '-')} needs --hbp-plan")
             return HbpOptions(train=None, valid=None, metrics=None)
+        if args.hbp_read_ahead < 0:
+            raise ConfigError(f"--hbp-read-ahead {args.hbp_read_ahead} is below 0: give a number of micro-batches or 0")
         train = PlannedData.load(args.hbp_plan, args.hbp_store, "--hbp-plan")
         valid = None
         if args.hbp_valid_plan is not None:
@@ -161,8 +163,6 @@ def check_together(args: Any, options: HbpOptions) -> None:
         )
     if args.train_iters > plan.num_steps:
         raise PlanError(f"--train-iters {args.train_iters} exceeds the plan's {plan.num_steps} steps")
-    if args.hbp_read_ahead < 0:
-        raise ConfigError(f"--hbp-read-ahead {args.hbp_read_ahead} is below 0: give a number of micro-batches, or 0")
     for part in (options.train, options.valid):
         if part is not None and part.plan.schedule != "lockstep":
             _check_gang(args)
