@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
     write = parser.parse_args().write
-    console = Console(width=140, record=True)
+    console = Console(width=150, record=True)
     console.print("$ python -m benchmarks.exchange --write benchmarks/exchange.md", highlight=False)
     with tempfile.TemporaryDirectory() as folder:
         for make in (bytes_tables, times_table, modelled_table, gang_table):

@@ -2,9 +2,9 @@
 
     items ──thread──> at most `depth` ready ──__next__──> consumer
 
-One slice of a pack of 128K tokens takes 10 to 20 ms of numpy (copying samples, positions, the split of attention): as
-long as launching some hundred kernels. The thread shares the interpreter's lock with the consumer, but numpy's copies,
-page faults on the mapped store and pinning release it.
+Cutting one rank's slice out of a pack of 128K tokens and splitting its attention takes 3 to 11 ms of CPU (16K: 0.5 ms),
+reading from a cold disk more. The thread shares the interpreter's lock with the consumer; numpy's copies, page faults
+and pinning release it.
 """
 
 import threading
