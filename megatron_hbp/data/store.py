@@ -10,6 +10,7 @@ The mask marks the *targets*: `loss_mask[i] == 1` says that token i is to be pre
 feeds the model shifts it.
 """
 
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,9 @@ from megatron_hbp.data.manifest import (
     fingerprint,
 )
 from megatron_hbp.errors import DataError
+
+READ_GAP = 128 * 1024
+"""Bytes between two samples that are read rather than skipped: what Linux reads ahead anyway."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,6 +91,27 @@ class TokenStore:
             raise IndexError(f"sample {index} of {self.num_samples} in {self.path}")
         return self._tokens[index].astype(np.int64), self._masks[index].copy()
 
+    def will_need(self, indices: np.ndarray) -> int:
+        """Ask the system to read samples `indices` int [n] into memory soon, in the order of the files, and go on.
+
+        Returns the bytes asked for, gaps between samples that are read with them included; 0 where the system cannot
+        be asked.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return 0
+        asked = 0
+        for name, reader in ((TOKENS_PREFIX, self._tokens), (LOSS_MASK_PREFIX, self._masks)):
+            starts = reader.index.sequence_pointers[indices]
+            ends = starts + reader.index.sequence_lengths[indices].astype(np.int64) * reader.index.dtype_size
+            file = os.open(self.path / f"{name}.bin", os.O_RDONLY)
+            try:
+                for start, end in _joined(starts, ends):
+                    os.posix_fadvise(file, start, end - start, os.POSIX_FADV_WILLNEED)
+                    asked += end - start
+            finally:
+                os.close(file)
+        return asked
+
     def verify(self) -> None:
         """Hash the bulk files too (about 1 GB/s); raises DataError for the first that has changed."""
         for name in BULK_FILES:
@@ -106,6 +131,15 @@ class TokenStore:
         stated = (manifest.num_samples, manifest.num_tokens, manifest.num_samples, manifest.num_loss_tokens)
         if found != stated:
             raise _damaged(self.path / MANIFEST_FILE, f"counts {stated} do not fit the data, which has {found}")
+
+
+def _joined(starts: np.ndarray, ends: np.ndarray) -> list[tuple[int, int]]:
+    """Spans [starts, ends) in order, those with less than READ_GAP bytes between them as one."""
+    order = np.argsort(starts)
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    first = np.flatnonzero(np.concatenate(([True], starts[1:] - ends[:-1] > READ_GAP)))
+    last = np.append(first[1:], len(starts)) - 1
+    return list(zip(starts[first].tolist(), ends[last].tolist(), strict=True))
 
 
 def _check_files(path: Path, manifest: Manifest) -> None:

@@ -159,6 +159,6 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 def loss_sum(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Megatron-LM's 3-tuple loss: the sum to differentiate, this rank's token count, and [sum, count] to report."""
     total = losses.sum()
-    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    count = torch.full((), losses.numel(), dtype=torch.int, device=losses.device)  # torch.tensor copies, and waits
     report = torch.stack((total.detach().float(), count.float()))
     return total, count, {"lm loss": report}

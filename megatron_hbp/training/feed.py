@@ -1,7 +1,8 @@
 """Each rank reads its own part of the plan: no sampler, no broadcast, no collective in the data path.
 
 Every rank of a gang, every tensor-parallel rank and every pipeline stage maps the same store and cuts out its own
-slice.
+slice, some micro-batches ahead, in a thread. The first process of a node also asks the system for what all ranks of
+the node will read next, in the order of the file, so that the others find it in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,13 @@ from megatron_hbp.planning.exchange import AUTO
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.types import Recompute, Tier
 from megatron_hbp.training.batch import PackSlice, padded_length, slice_of_pack
+from megatron_hbp.training.read_ahead import ReadAhead
+from megatron_hbp.training.transfer import on_device, pinned
 
 DUMMY = -1
 """Tier index of a micro-batch that the plan leaves empty on a rank."""
+STEPS_AHEAD = 2
+"""Steps that a node's reader asks for beside the one at hand; one of 1M tokens is 5 MB."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,6 +65,8 @@ class Feed:
         joint_recompute: bool = False,
         first_step: int = 0,
         cyclic: bool = False,
+        read_ahead: int = 0,
+        node_ranks: Sequence[int] = (),
     ):
         """Check that the plan belongs to the store, and start at `first_step`.
 
@@ -75,6 +82,8 @@ class Feed:
             joint_recompute: give all ranks of a slot one recompute policy (experts are exchanged, see `joint_policy`).
             first_step: step to start at (resume).
             cyclic: start again after the last step (evaluation), instead of ending.
+            read_ahead: micro-batches that are prepared in a thread while another one runs; 0 for none, and no thread.
+            node_ranks: on one process a node, the data-parallel ranks of the node, to ask for what they will read.
         """
         self.plan, self.store, self.groups, self.rank = plan, store, groups, rank
         self.unit, self.full_length, self.device = unit, full_length, device
@@ -82,7 +91,11 @@ class Feed:
             replace(tier, exchange="a2a") if tier.exchange == AUTO else tier for tier in tiers or plan.tiers
         )
         self.joint_recompute = joint_recompute
-        self._micro_batches = self._iterate(first_step, cyclic)
+        self.node_ranks = np.array(node_ranks, np.int64)
+        prepared = self._iterate(first_step, cyclic)
+        # resuming needs no state of the thread: a feed starts at the first step that has not been trained
+        self._ahead = ReadAhead(prepared, read_ahead, prepare_thread=self._prepare_thread) if read_ahead else None
+        self._prepared: Iterator[MicroBatch] = self._ahead or prepared
 
     def __iter__(self) -> "Feed":
         """A feed is its own iterator (Megatron-LM's external dataloader)."""
@@ -90,14 +103,41 @@ class Feed:
 
     def __next__(self) -> MicroBatch:
         """The next micro-batch of this rank."""
-        return next(self._micro_batches)
+        return on_device(next(self._prepared), self.device)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the consumer has waited for micro-batches that were not ready; 0 without reading ahead."""
+        return self._ahead.waited if self._ahead is not None else 0.0
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _prepare_thread(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # pinning in a new thread would open a context on device 0
 
     def _iterate(self, first_step: int, cyclic: bool) -> Iterator[MicroBatch]:
-        step = first_step
+        step, asked = first_step, first_step
         while cyclic or step < self.plan.num_steps:
+            while len(self.node_ranks) and asked <= step + STEPS_AHEAD:
+                self._ask_for(asked)
+                asked += 1
             for slot in self.slots(step % self.plan.num_steps):
-                yield self.micro_batch(step % self.plan.num_steps, slot)
+                yield pinned(self._on_host(step % self.plan.num_steps, slot), self.device)
             step += 1
+
+    def _ask_for(self, step: int) -> None:
+        """Have the system read what the ranks of this node need in `step`; steps after the last one need nothing."""
+        plan = self.plan
+        packs = np.flatnonzero(plan.pack_step == step)
+        first, last = plan.pack_rank0[packs], plan.pack_rank0[packs] + plan.pack_cp[packs]
+        here = ((self.node_ranks >= first[:, None]) & (self.node_ranks < last[:, None])).any(axis=1)
+        spans = [np.arange(plan.pack_offsets[p], plan.pack_offsets[p + 1]) for p in packs[here]]
+        if spans:
+            self.store.will_need(plan.sample_ids[np.concatenate(spans)])
 
     def slots(self, step: int) -> list[int]:
         """The slots of `step` that this rank runs, in order.
@@ -124,6 +164,9 @@ class Feed:
 
     def micro_batch(self, step: int, slot: int) -> MicroBatch:
         """What this rank runs in `slot` of `step`."""
+        return on_device(pinned(self._on_host(step, slot), self.device), self.device)
+
+    def _on_host(self, step: int, slot: int) -> MicroBatch:
         index = self.plan.pack_at(step, slot, self.rank)
         if index < 0:
             return self._dummy(step, slot)
@@ -173,9 +216,6 @@ class Feed:
         tier: Tier,
         cp_rank: int,
     ) -> MicroBatch:
-        def on_device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(self.device, non_blocking=True)
-
         assert tier.exchange != AUTO
         cp_group = self.groups.group(tier.cp_degree)
         return MicroBatch(
@@ -183,10 +223,10 @@ class Feed:
             slot=slot,
             tier=tier_index,
             sample_ids=sample_ids,
-            tokens=on_device(cut.tokens)[None],
+            tokens=torch.from_numpy(cut.tokens)[None],
             loss_rows=LossRows(
-                local=on_device(cut.supervised),
-                labels=on_device(cut.labels),
+                local=torch.from_numpy(cut.supervised),
+                labels=torch.from_numpy(cut.labels),
                 rows_to=cut.rows_to,
                 rows_from=cut.rows_from,
                 cp_group=cp_group,
@@ -195,7 +235,7 @@ class Feed:
             context=MicroBatchContext(
                 cp_group=cp_group,
                 cp_degree=tier.cp_degree,
-                position_ids=on_device(cut.position_ids),
+                position_ids=torch.from_numpy(cut.position_ids),
                 max_seqlen=int(np.diff(cut.cu_seqlens).max()),
                 exchange=tier.exchange,
                 kernel=tier.kernel,
@@ -205,12 +245,12 @@ class Feed:
                     cp_degree=tier.cp_degree,
                     cp_rank=cp_rank,
                     zigzag=tier.is_zigzag,
-                    device=self.device,
+                    device=torch.device("cpu"),
                 ),
-                is_real=on_device(cut.is_real),
-                sample_index=on_device(cut.sample_index),
-                sample_tokens=on_device(cut.sample_tokens),
-                sample_supervised=on_device(cut.sample_supervised),
+                is_real=torch.from_numpy(cut.is_real),
+                sample_index=torch.from_numpy(cut.sample_index),
+                sample_tokens=torch.from_numpy(cut.sample_tokens),
+                sample_supervised=torch.from_numpy(cut.sample_supervised),
                 num_real_tokens=int(cut.sample_tokens.sum()),
                 num_supervised_tokens=int(cut.sample_supervised.sum()),
                 recompute=self._recompute(step, slot, tier_index),

@@ -26,6 +26,7 @@ def feeds_provider(options: HbpOptions, tiers: Sequence[Sequence[Tier]]) -> Prov
         data = [part for part in (options.train, options.valid) if part is not None]
         if not groups:  # called once a virtual pipeline stage; the groups are made once
             groups.append(_make_groups({tier.cp_degree for part in data for tier in part.plan.tiers}))
+        node_ranks = _ranks_of_node() if not vp_stage else []
         device = torch.device(torch.cuda.current_device())
         feeds: list[Feed | None] = []
         for part, settled in zip(data, tiers, strict=True):
@@ -42,6 +43,8 @@ def feeds_provider(options: HbpOptions, tiers: Sequence[Sequence[Tier]]) -> Prov
                     joint_recompute=args.expert_model_parallel_size > 1,
                     first_step=0 if part is options.valid else args.iteration,
                     cyclic=part is options.valid,
+                    read_ahead=args.hbp_read_ahead,
+                    node_ranks=node_ranks,
                 )
             )
         train, valid = [*feeds, None][:2]
@@ -60,6 +63,15 @@ def _make_groups(degrees: set[int]) -> CpGroups:
     groups = groups.warm_up(torch.device(torch.cuda.current_device()))
     _say(groups.describe(int(os.environ.get("LOCAL_WORLD_SIZE", "8"))))
     return groups
+
+
+def _ranks_of_node() -> list[int]:
+    """On the first process of a node the data-parallel ranks that the node holds, on the others none. Collective."""
+    here = os.environ.get("GROUP_RANK", "0")  # torchrun's number of the node
+    every: list[tuple[str, int]] = [(here, 0)] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, (here, parallel_state.get_data_parallel_rank()))
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    return sorted({rank for node, rank in every if node == here}) if is_first else []
 
 
 def _say(*lines: str) -> None:

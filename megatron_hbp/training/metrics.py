@@ -2,11 +2,14 @@
 
 The file is made by the last rank (the one that prints Megatron-LM's losses): {"kind": "step", ...} and {"kind":
 "validation", ...} lines as they happen, one {"kind": "summary", ...} line at the end. Times are host times: exact on
-CPU; on CUDA the device runs behind them, and only whole steps mean something.
+CPU; on CUDA the device runs behind them, and only whole steps mean something. There a step's line is written when the
+next one is known: reading its loss at once would make the host wait for the device in every step.
 """
 
+import atexit
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ class RunMetrics:
         self.plan = plan
         self.path = path
         self._file: Any = None
+        self._late: dict[str, Any] | None = None  # a line whose numbers are still on their way from the device
         # rows: tiers, then dummies; columns: micro-batches, real local tokens, seconds
         self._per_tier = [[0.0, 0.0, 0.0] for _ in range(len(plan.tiers) + 1)]
         self._running: tuple[int, float] | None = None
@@ -75,9 +79,9 @@ class RunMetrics:
             kind="step",
             iteration=iteration,
             steps=self.plan.num_steps,
-            loss=_number(losses.get("lm loss")),
+            loss=losses.get("lm loss"),
             learning_rate=learning_rate,
-            grad_norm=_number(grad_norm),
+            grad_norm=grad_norm if grad_norm is None or isinstance(grad_norm, torch.Tensor) else float(grad_norm),
             tokens=tokens,
             seconds=round(seconds, 4),
             cp_degrees=sorted({int(c) for c in self.plan.pack_cp[packs]}),
@@ -85,7 +89,8 @@ class RunMetrics:
 
     def log_validation(self, losses: dict[str, Any]) -> None:
         """One line for an evaluation."""
-        self._write(kind="validation", loss=_number(losses.get("lm loss")))
+        self._write(kind="validation", loss=losses.get("lm loss"))
+        self._write_late()
 
     def summarise(self, dp_group: dist.ProcessGroup) -> None:
         """The last line: totals per tier over the data-parallel ranks. Collective over `dp_group`."""
@@ -111,9 +116,32 @@ class RunMetrics:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
+            atexit.register(self._write_late)
+        self._write_late()
+        self._late = {key: _reader(value) if isinstance(value, torch.Tensor) else value for key, value in line.items()}
+        if not any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in line.values()):
+            self._write_late()
+
+    def _write_late(self) -> None:
+        if self._late is None:
+            return
+        line = {key: value() if callable(value) else value for key, value in self._late.items()}
+        self._late = None
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _reader(value: torch.Tensor) -> Callable[[], float]:
+    """Start copying a number to the host; what is returned waits for it, which a step later is no wait."""
+    if value.device.type != "cuda":
+        return lambda: float(value)
+    on_host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    on_host.copy_(value.detach(), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return float(on_host)
+
+    return read

@@ -40,6 +40,12 @@ def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument(
         "--hbp-cluster-bandwidth", type=float, default=45.0, help="GB/s a rank receives across nodes (default 45)"
     )
+    group.add_argument(
+        "--hbp-read-ahead",
+        type=int,
+        default=2,
+        help="micro-batches prepared in a thread while another one runs; 0 prepares each when it is asked for",
+    )
     group.add_argument("--hbp-metrics", help="write one JSON line a step, and a summary per tier, here")
     _repair_help(parser)
     return parser
@@ -89,6 +95,8 @@ class HbpOptions:
             if stray:
                 raise ConfigError(f"--{stray[0].replace('_', '-')} needs --hbp-plan")
             return HbpOptions(train=None, valid=None, metrics=None)
+        if args.hbp_read_ahead < 0:
+            raise ConfigError(f"--hbp-read-ahead {args.hbp_read_ahead} is below 0: give a number of micro-batches or 0")
         train = PlannedData.load(args.hbp_plan, args.hbp_store, "--hbp-plan")
         valid = None
         if args.hbp_valid_plan is not None:

@@ -83,6 +83,7 @@ def build(
     seed: int = 7,
     dtype: torch.dtype = torch.float64,
     distributed_optimizer: bool = False,
+    vocabulary: int = VOCABULARY,
     **changes: Any,
 ) -> list:
     """The model's chunks; `packed=False` builds Megatron-LM's own model, untouched, for a single sample at a time."""
@@ -93,7 +94,7 @@ def build(
     torch.manual_seed(seed)
     config = GPTModelConfig(
         transformer=transformer_config(kind, **{**types, **changes}),
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         seq_length=max_length,
         position_embedding_type="rope",
     )

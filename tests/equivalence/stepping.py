@@ -1,6 +1,7 @@
 """Steps of a hand-written plan through our feed, forward step and Megatron-LM's own schedule, on gloo ranks."""
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -51,14 +52,17 @@ class Stepper:
         fixed_shapes: bool = False,
         extra_unit: int = 1,
         forward_step: Callable | None = None,
+        schedule: str = "lockstep",
+        read_ahead: int = 0,
     ) -> Iterator[int]:
         """Accumulate the gradients of one step after the other; yields its number after each."""
         plan = plan_of(packs, tiers=tiers, lengths=self.store.lengths, num_ranks=self.num_ranks)
+        plan = dataclasses.replace(plan, schedule=schedule)
         feeds = [
             feed.Feed(
                 plan=plan, store=self.store, groups=self.groups, rank=parallel_state.get_data_parallel_rank(),  # type: ignore[arg-type]
                 unit=self.tp * extra_unit, full_length=fixed_shapes, device=torch.device("cpu"),
-                joint_recompute=parallel_state.get_expert_model_parallel_world_size() > 1,
+                joint_recompute=parallel_state.get_expert_model_parallel_world_size() > 1, read_ahead=read_ahead,
             )
             for _ in self.chunks
         ]  # fmt: skip
@@ -76,7 +80,7 @@ class Stepper:
                     forward_step_func=forward_step or forward.make_forward_step(),
                     data_iterator=feeds if len(feeds) > 1 else feeds[0],
                     model=self.chunks,
-                    num_microbatches=int(plan.num_micro_batches[step]),
+                    num_microbatches=len(feeds[0].slots(step)),
                     seq_length=tiers[0].local_tokens,
                     micro_batch_size=1,
                     forward_only=False,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hbp.data import store as store_module
 from megatron_hbp.data.manifest import BULK_FILES, INDEX_FILES, MANIFEST_FILE
 from megatron_hbp.data.prepare import prepare_store
 from megatron_hbp.data.store import TokenStore
@@ -159,3 +160,16 @@ def test_reading_prints_nothing(original):
     code = f"from megatron_hbp.data.store import TokenStore; TokenStore.open({str(original)!r}).sample(0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "" and done.stdout == ""
+
+
+def test_what_will_be_needed_is_asked_for_in_the_order_of_the_files(original, monkeypatch):
+    asked = []
+    monkeypatch.setattr(store_module.os, "posix_fadvise", lambda file, start, size, advice: asked.append((start, size)))
+    store = TokenStore.open(original)
+    n = store.lengths
+    everything = store.will_need(np.array([2, 0]))  # sample 1 between them is read too, and not asked for by itself
+    assert asked == [(0, 4 * int(n[:3].sum())), (0, int(n[:3].sum()))] and everything == 5 * n[:3].sum()
+    asked.clear()
+    monkeypatch.setattr(store_module, "READ_GAP", 0)
+    store.will_need(np.array([2, 0]))
+    assert asked == [(0, 4 * n[0]), (4 * n[:2].sum(), 4 * n[2]), (0, n[0]), (n[:2].sum(), n[2])]

@@ -59,3 +59,12 @@ def test_an_order_in_which_a_gang_never_meets_is_refused(plan, rank, order, mess
     with pytest.raises(PlanError) as refused:
         check_meetings(plan, orders)
     assert message in str(refused.value) and "make the plan again" in str(refused.value)
+
+
+def test_a_plan_whose_packs_are_out_of_order_is_refused_when_it_is_read(plan):
+    turned = {
+        name: getattr(plan, name)[[1, 0, 2, 3, 4, 5]]
+        for name in ("pack_tier", "pack_step", "pack_slot", "pack_rank0", "sample_ids", "lengths")
+    }
+    with pytest.raises(PlanError, match="packs not in the order of steps, slots and ranks"):
+        dataclasses.replace(plan, **turned).check()

@@ -113,3 +113,18 @@ def test_a_resumed_run_goes_on_in_the_same_file(plan, clock, world, tmp_path):
     for loss in (1.0, 2.0):
         RunMetrics(plan, tmp_path / "m").log_validation({"lm loss": loss})
     assert [line["loss"] for line in lines_of(tmp_path / "m")] == [1.0, 2.0]
+
+
+def test_a_step_on_a_device_is_written_when_the_next_is_known(plan, clock, world, tmp_path, monkeypatch):
+    """As on CUDA, where reading the loss at once would wait for the device; a meta tensor stands for one there."""
+    copies = []
+    monkeypatch.setattr(metrics, "_reader", lambda value: copies.append(value) or (lambda: float(len(copies))))
+    run = RunMetrics(plan, tmp_path / "m")
+    loss = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(metrics.torch, "Tensor", SimpleNamespace)
+    run.log_step(iteration=1, losses={"lm loss": loss}, learning_rate=0.1, grad_norm=1.0)
+    assert lines_of(tmp_path / "m") == [] and copies == [loss]
+    run.log_step(iteration=2, losses={"lm loss": loss}, learning_rate=0.1, grad_norm=1.0)
+    assert [line["iteration"] for line in lines_of(tmp_path / "m")] == [1]
+    run.log_validation({"lm loss": loss})
+    assert [line["kind"] for line in lines_of(tmp_path / "m")] == ["step", "step", "validation"]

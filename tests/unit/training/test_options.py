@@ -199,7 +199,7 @@ def test_the_users_flags_go_last(files, monkeypatch):
 def test_our_flags_are_plain_values_for_megatrons_checkpoints():
     parser = options.add_hbp_arguments(argparse.ArgumentParser())
     values = vars(parser.parse_args(["--hbp-plan", "p", "--hbp-store", "s", "--hbp-metrics", "m"]))
-    assert all(value is None or type(value) in (str, float) for value in values.values())
+    assert all(value is None or type(value) in (str, float, int) for value in values.values())
 
 
 # ---------------------------------------------------------------- check_together
