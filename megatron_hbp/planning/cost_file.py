@@ -26,7 +26,7 @@ def load(path: Path) -> CostModel:
     values = read_json(path, KIND, VERSION, _REMEDY)
     try:
         given: dict[str, Any] = values["cost"]
-        fields = {k: math.inf if v is None and k != "attention" else v for k, v in given.items()}
+        fields: dict[str, Any] = {k: math.inf if v is None and k != "attention" else v for k, v in given.items()}
         if fields["attention"] is not None:
             fields["attention"] = AttentionShape(**fields["attention"])
         for name in ("recompute_layers", "recompute_shares", "group_seconds"):

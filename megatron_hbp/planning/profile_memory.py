@@ -6,12 +6,13 @@ on a line through two readings.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable, Setting
+from megatron_hbp.planning.types import parse_tiers
 
 
 class Prediction(NamedTuple):
@@ -37,18 +38,30 @@ def predict(rows: Sequence[ProfileRow], setting: Setting, limit: float | None) -
 def peak_of(rows: Sequence[ProfileRow], local_tokens: int, cp_degree: int, recompute: str) -> float | None:
     """Bytes of a micro-batch with so many local tokens, on the line through the two nearest readings.
 
-    Readings are those at the same CP degree and policy, the fullest shape at each length. None with fewer than two.
+    Readings are those at the same CP degree and policy, the fullest shape at each length. Numbers of layers that were
+    not measured lie on the line between the two that were (Algorithm 3). None with fewer than two readings.
     """
     points = _points(rows, cp_degree, recompute)
-    if local_tokens in points:
-        return float(points[local_tokens])
-    lengths = np.array(sorted(points))
-    if len(lengths) < 2:
+    if points:
+        return _on_line(points, local_tokens)
+    (tier,) = parse_tiers(f"1:cp1:{recompute}")
+    if tier.recompute.granularity == "selective":
         return None
-    right = int(np.clip(np.searchsorted(lengths, local_tokens), 1, len(lengths) - 1))
-    a, b = int(lengths[right - 1]), int(lengths[right])
-    slope = (points[b] - points[a]) / (b - a)
-    return float(points[a] + slope * (local_tokens - a))
+    counts = {r.setting.policy.num_layers: r.recompute for r in rows if r.setting.policy.granularity != "selective"}
+    peaks = {n: _on_line(_points(rows, cp_degree, name), local_tokens) for n, name in counts.items()}
+    return _on_line({n: peak for n, peak in peaks.items() if peak is not None}, tier.recompute.num_layers)
+
+
+def _on_line(points: Mapping[int, float], at: int) -> float | None:
+    """The value at `at` of the line through the two nearest points; a point itself where there is one."""
+    if at in points:
+        return float(points[at])
+    known = np.array(sorted(points))
+    if len(known) < 2:
+        return None
+    right = int(np.clip(np.searchsorted(known, at), 1, len(known) - 1))
+    a, b = int(known[right - 1]), int(known[right])
+    return float(points[a] + (points[b] - points[a]) / (b - a) * (at - a))
 
 
 def layers_that_fit(

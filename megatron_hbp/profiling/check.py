@@ -16,7 +16,7 @@ from megatron_hbp.planning.profile_table import write_json
 from megatron_hbp.profiling.measure import DoesNotFitError, gangs_by_rank, time_repeats
 from megatron_hbp.profiling.session import Session
 
-REPEATS = 5
+REPEATS = 3
 KIND = "hbp profile check"
 
 
