@@ -14,9 +14,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import context as micro_batch
 from megatron_hbp.model import kernels
-from megatron_hbp.model.exchange import heads, keys
+from megatron_hbp.model.exchange import heads, keys, ring
 
-EXCHANGES = {"a2a": heads.shared_attention, "all_gather": keys.shared_attention}
+EXCHANGES = {
+    "a2a": heads.shared_attention,
+    "all_gather": keys.shared_attention,
+    "p2p": ring.shared_attention,
+}
 
 
 class PackedCoreAttention(MegatronModule):

@@ -5,16 +5,19 @@
 where m divides h (grouped-query attention).
 
 Piece i of the queries sees piece i of the keys, causal from the end: of more keys than queries, the first query sees
-the surplus. `reference` is plain torch, any dtype, any device: the yardstick of the tests. `varlen` is torch's
-FlashAttention entry for CUDA in fp16 and bf16.
+the surplus. `reference` is plain torch, any dtype, any device: the yardstick of the tests. The others are for CUDA in
+fp16 and bf16: `te` (Transformer Engine), `flash` (flash-attn) and `varlen`, torch's own, which needs no extra package.
 """
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from megatron_hbp.errors import ConfigError
 from megatron_hbp.model.split import Segments
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float], torch.Tensor]
@@ -60,11 +63,71 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
     return out[..., :width]
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "varlen": varlen}
+def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
+    """flash-attn's varlen entry (2.1 and later align causal pieces at their ends)."""
+    from flash_attn import flash_attn_varlen_func
+
+    width = v.shape[2]
+    if width < q.shape[2]:
+        v = F.pad(v, (0, q.shape[2] - width))
+    out = flash_attn_varlen_func(
+        q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, softmax_scale=scale, causal=True
+    )
+    return out[..., :width]
 
 
+def te(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
+    """Transformer Engine's DotProductAttention on packed tokens; it knows value heads of another width (MLA)."""
+    attend = _te_attention(q.shape[1], k.shape[1], q.shape[2], v.shape[2], scale)
+    aligned_at_ends = segments.q != segments.k
+    out = attend(
+        q.contiguous(), k.contiguous(), v.contiguous(), qkv_format="thd",
+        attn_mask_type="padding_causal_bottom_right" if aligned_at_ends else "padding_causal",
+        cu_seqlens_q=segments.cu_q, cu_seqlens_kv=segments.cu_k,
+        max_seqlen_q=segments.max_q, max_seqlen_kv=segments.max_k,
+    )  # fmt: skip
+    return out.view(q.shape[0], q.shape[1], v.shape[2])
+
+
+@functools.cache
+def _te_attention(heads: int, kv_heads: int, qk_width: int, v_width: int, scale: float) -> torch.nn.Module:
+    """A module without parameters; heads differ from exchange to exchange."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        heads, (qk_width, v_width), num_gqa_groups=kv_heads, attention_dropout=0.0, qkv_format="thd",
+        softmax_scale=scale,
+    )  # fmt: skip
+
+
+KERNELS: dict[str, Kernel] = {"te": te, "flash": flash, "varlen": varlen, "reference": reference}
+"""In the order in which `choose` tries them."""
+PACKAGES = {"te": "transformer_engine", "flash": "flash_attn"}
+
+
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel `name` cannot run here; None where it can."""
+    if name == "reference":
+        return None
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs CUDA and half precision, not {device.type} and {str(dtype).removeprefix('torch.')}"
+    package = PACKAGES.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    return None
+
+
+@functools.cache
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel `name`; for "auto" `varlen` for half precision on CUDA, else `reference`."""
+    """The kernel `name`; for "auto" the first of `KERNELS` that can run.
+
+    Raises:
+        ConfigError: the named kernel cannot run here.
+    """
     if name == "auto":
-        name = "varlen" if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else "reference"
+        name = next(known for known in KERNELS if why_not(known, device, dtype) is None)
+    elif why := why_not(name, device, dtype):
+        raise ConfigError(
+            f"attention kernel {name} cannot be used: {why}; leave it out, or give --hbp-kernel reference"
+        )
     return KERNELS[name]

@@ -48,6 +48,10 @@ class Segments:
             max_k=max((b - a for a, b in pairwise(k)), default=0),
         )
 
+    def of_queries(self) -> "Segments":
+        """The same pieces of the queries with only their own keys: the last ones of each piece of keys."""
+        return Segments(q=self.q, k=self.q, cu_q=self.cu_q, cu_k=self.cu_q, max_q=self.max_q, max_k=self.max_q)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Range:

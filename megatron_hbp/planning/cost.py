@@ -5,7 +5,8 @@ of layers whose forward runs again in the backward pass (recompute). Per rank:
 
     linear     T / c * linear_flops * (3 + rho) / 3 / linear_rate       GEMMs: forward 1, backward 2, recompute rho
     attention  S / c * attention_flops * (3.5 + rho) / attention_rate   causal: forward 1, backward 2.5, recompute rho
-    exchange   T / c * L * 2 e * (2 + rho) / bandwidth(c)               e elements a token (planning/exchange.py)
+    exchange   T / c * L * 2 e * (1 + b + rho) / bandwidth(c)           e elements a token, b of them in the backward
+                                                                        for each in the forward (planning/exchange.py)
     fixed      micro_batch_seconds                                      parameter gathers, launches
 
 The constants of the presets were fitted by hand to tables 4, 18 and 19 of the paper (arXiv 2503.07680); profile your
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.exchange import AUTO, AttentionShape, Machine, elements, extra_flops
+from megatron_hbp.planning.exchange import AUTO, AttentionShape, Machine, backward_bytes, elements, extra_flops
 from megatron_hbp.planning.types import Recompute, Tier
 
 
@@ -77,9 +78,8 @@ class CostModel:
         """Coefficients of `tier`."""
         cp_degree = tier.cp_degree
         linear, attention = self._recomputed_shares(tier.recompute)
-        exchange = (
-            self.num_layers * self._exchange_seconds(tier) * (2 + rule_shares(tier.recompute, self.num_layers)[1])
-        )
+        again = rule_shares(tier.recompute, self.num_layers)[1]  # a measured share holds more than the exchange
+        exchange = self.num_layers * self._exchange_seconds(tier, again)
         return TierCost(
             fixed=self.micro_batch_seconds + dict(self.group_seconds).get(cp_degree, 0.0),
             per_token=(self.linear_flops * (3 + linear) / 3 / self.linear_rate + exchange) / cp_degree,
@@ -119,14 +119,14 @@ class CostModel:
             attention_rate=self.attention_rate,
         )
 
-    def _exchange_seconds(self, tier: Tier) -> float:
-        """Seconds a local token in the forward of one layer, nothing hidden under attention."""
+    def _exchange_seconds(self, tier: Tier, recomputed: float) -> float:
+        """Seconds a local token in one layer, nothing hidden under attention; `recomputed` forwards run again."""
         if self.attention is None or tier.cp_degree == 1:
             return 0.0
         kind = "a2a" if tier.exchange == AUTO else tier.exchange
         shape, c = self.attention.on_tensor_parallel_rank(self.tensor_parallel), tier.cp_degree
-        received = 2.0 * self.tensor_parallel * elements(kind, shape, c)
-        extra = self.tensor_parallel * extra_flops(kind, shape, c)
+        received = 2.0 * self.tensor_parallel * elements(kind, shape, c) * (1 + backward_bytes(kind) + recomputed)
+        extra = self.tensor_parallel * extra_flops(kind, shape, c) * (4 + recomputed)
         return received / self.machine.bandwidth(c) + extra / self.linear_rate
 
     def _recomputed_shares(self, recompute: Recompute) -> tuple[float, float]:

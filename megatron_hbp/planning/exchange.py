@@ -1,7 +1,7 @@
 """What the ranks of a context-parallel group exchange in attention, and which exchange costs least.
 
 Legend: `c` CP degree, `h` query heads, `k` KV heads, `d` width of a query or key head, `dv` of a value head, all of one
-tensor-parallel rank. Elements received per local token in the forward of one layer (the backward sends as many back):
+tensor-parallel rank. Elements received per local token in the forward of one layer:
 
     a2a         (h (d + dv) + m (d + dv)) (c - 1) / c   heads for sequence (Ulysses); m = lcm(k, c) KV heads
     all_gather  k (d + dv) (c - 1)                      keys and values of the others; causal work wants zigzag
@@ -9,7 +9,9 @@ tensor-parallel rank. Elements received per local token in the forward of one la
     qkv_latent  (q + l + r) (c - 1) + h dv (c - 1) / c  MLA: latents q, l and rope keys r; own heads are up-projected
     kv_latent   (l + r) (c - 1)                         MLA: ring of latents; remote keys are up-projected again
 
-The names are Transformer Engine's (`cp_comm_type`) where it has the exchange.
+The backward of a2a, all_gather and qkv_latent sends as many back. Rings pass the keys once more, and with them their
+gradients in fp32: three times the forward's bytes under bf16. The names are Transformer Engine's (`cp_comm_type`) where
+it has the exchange.
 """
 
 import math
@@ -77,6 +79,11 @@ def extra_flops(exchange: Exchange, shape: AttentionShape, cp_degree: int) -> fl
     return 2.0 * up * (cp_degree - 1)
 
 
+def backward_bytes(exchange: Exchange) -> float:
+    """What the backward receives, over the forward's bytes, under half precision."""
+    return 3.0 if exchange in ("p2p", "kv_latent") else 1.0
+
+
 def outside_share(cp_degree: int, node_size: int) -> float:
     """Share of what a rank receives that comes from other nodes; gangs are aligned to their degree."""
     in_node = math.gcd(cp_degree, node_size) if cp_degree > node_size else cp_degree
@@ -110,7 +117,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """Seconds of one exchange in the forward of one layer, for all tokens of a rank."""
+    """Seconds of one exchange in the forward and backward of one layer, for all tokens of a rank."""
 
     exchange: Exchange
     transfer: float
@@ -122,7 +129,7 @@ class Price:
 
     @property
     def seconds(self) -> float:
-        """Seconds that a layer's forward gets longer by."""
+        """Seconds that a layer gets longer by."""
         return self.transfer - self.hidden + self.extra
 
 
@@ -138,14 +145,18 @@ def price(
 ) -> Price:
     """Price of `exchange` for a pack of `tokens` whose samples' squared lengths sum to `squares`."""
     c, local = cp_degree, tokens / cp_degree
-    transfer = elements(exchange, shape, c) * element_size * local / machine.bandwidth(c)
-    extra = extra_flops(exchange, shape, c) * local / machine.linear_rate
+    forward_bytes = elements(exchange, shape, c) * element_size * local
+    transfer = forward_bytes * (1 + backward_bytes(exchange)) / machine.bandwidth(c)
+    # up-projected in the forward and once more in the backward, whose two GEMMs come on top
+    extra = 4 * extra_flops(exchange, shape, c) * local / machine.linear_rate
     hidden = 0.0
     if exchange in ("p2p", "kv_latent"):
-        flops = shape.num_query_heads * (shape.qk_width + shape.v_width) * squares / c
+        flops = 3.5 * shape.num_query_heads * (shape.qk_width + shape.v_width) * squares / c
         hidden = machine.overlap * min(transfer, flops / machine.attention_rate * (c - 1) / c)
-        # each of the c - 1 further steps reads and writes the output so far, in fp32, and reads its own
-        extra += (c - 1) * local * shape.num_query_heads * shape.v_width * 12 / machine.memory_bandwidth
+        # each of the c - 1 further steps reads and writes an fp32 sum and reads its own share: of the output in the
+        # forward, of the queries' gradient in the backward
+        widths = shape.qk_width + shape.v_width
+        extra += (c - 1) * local * shape.num_query_heads * widths * 12 / machine.memory_bandwidth
     return Price(exchange=exchange, transfer=transfer, hidden=hidden, extra=extra)
 
 
@@ -163,7 +174,7 @@ class Choice:
         """One line for the log."""
         found = ", ".join(f"{p.exchange} {p.seconds * 1e3:.3g} ms" for p in self.prices)
         dropped = "".join(f"; not {name}: {why}" for name, why in self.refused)
-        return f"{self.exchange} (exposed per layer and forward: {found}{dropped})"
+        return f"{self.exchange} (exposed a layer: {found}{dropped})"
 
 
 def choose(

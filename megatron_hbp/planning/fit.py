@@ -5,9 +5,9 @@ The formula of planning/cost.py is linear in its unknowns when written as second
     1                              every micro-batch          [CP degree c]     what degree c adds to that
     T / c                          linear                     S / c             attention
     T / c  [policy p]              GEMMs that p runs again    S / c  [policy p] attention that p runs again
-    T / c * L * 2 e(c) * (2 + again)                          exchange inside a node, and across nodes
+    T / c * L * 2 e(c) * (1 + back + again)                   exchange inside a node, and across nodes
 
-where `again` is 1 where attention runs again; "full n" counts n / L of "full". Rows weigh by 1 / seconds, so an error
+where `again` is 1 where attention runs again, `back` what the backward receives over the forward's bytes; "full n" counts n / L of "full". Rows weigh by 1 / seconds, so an error
 of 5% is the same in a short and a long row. Rows held out never enter the fit; their errors are what a plan may expect.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_hbp.errors import DataError
 from megatron_hbp.planning.cost import CostModel, rule_shares
-from megatron_hbp.planning.exchange import elements
+from megatron_hbp.planning.exchange import backward_bytes, elements
 from megatron_hbp.planning.profile_memory import layers_by_local_tokens
 from megatron_hbp.planning.profile_table import ProfileHeader, ProfileRow, ProfileTable
 
@@ -117,8 +117,9 @@ def _columns(rows: Sequence[ProfileRow], header: ProfileHeader) -> dict[str, np.
     degree = np.array([row.cp_degree for row in rows])
     columns = {"fixed": np.ones(len(rows)), "token": tokens, "square": squares}
     again = np.array([rule_shares(row.setting.policy, model.num_layers)[1] for row in rows])
-    sent = np.array([elements("a2a", shape, c) if c > 1 else 0.0 for c in degree])
-    exchange = tokens * model.num_layers * 2.0 * header.layout["tensor_parallel"] * sent * (2 + again)
+    sent = np.array([elements(header.exchange, shape, c) if c > 1 else 0.0 for c in degree])
+    sent *= 2.0 * header.layout["tensor_parallel"] * (1 + backward_bytes(header.exchange) + again)
+    exchange = tokens * model.num_layers * sent
     columns["node"] = np.where(degree <= node, exchange, 0.0)
     columns["cluster"] = np.where(degree > node, exchange, 0.0)
     for c in np.unique(degree[degree > 1]):

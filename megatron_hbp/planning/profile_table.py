@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_hbp.errors import ConfigError, DiskError
-from megatron_hbp.planning.exchange import AttentionShape
+from megatron_hbp.planning.exchange import AttentionShape, Exchange
 from megatron_hbp.planning.types import Recompute, Tier, parse_tiers
 
 KIND = "hbp profile table"
@@ -124,6 +124,8 @@ class ProfileHeader:
     layout: dict[str, int]
     """world, data_parallel, tensor_parallel, pipeline_parallel, expert_parallel, node_size (ranks)."""
     dtype: str
+    exchange: Exchange
+    """What the ranks of a pack exchanged, in all rows: times of several would not lie on one line."""
     supervised: float
     """Share of the tokens whose loss is computed."""
     memory: str

@@ -26,6 +26,7 @@ from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
 from megatron_hbp.model.spec import with_packed_model
 from megatron_hbp.parallel.groups import CpGroups
+from megatron_hbp.planning.exchange import refusal
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.profile_table import ProfileHeader
 from megatron_hbp.planning.types import Recompute
@@ -78,7 +79,7 @@ class Session:
         lengths[plan.sample_ids] = plan.lengths
         tiers, _ = settle_tiers(
             plan, attention_shape(self.args), machine_of(self.args),
-            exchange=self.args.hbp_exchange, kernel=self.args.hbp_kernel,
+            exchange=self.header.exchange, kernel=self.args.hbp_kernel,
         )  # fmt: skip
         store: Any = SyntheticStore(
             lengths=lengths, vocabulary=self.args.vocab_size, supervised=self.options.supervised
@@ -153,11 +154,13 @@ def build(options: ProfileOptions) -> Session:
         limit = min(limit or float("inf"), float(total))
     return Session(
         args=args, options=options, model=chunks, optimizer=optimizer, groups=groups, control=control, device=device,
-        switch=switch, header=_header(args, model.transformer, options, device), policies=policies, memory_limit=limit,
+        switch=switch, header=_header(args, model.transformer, options, device, degrees), policies=policies, memory_limit=limit,
     )  # fmt: skip
 
 
-def _header(args: Any, config: Any, options: ProfileOptions, device: torch.device) -> ProfileHeader:
+def _header(
+    args: Any, config: Any, options: ProfileOptions, device: torch.device, degrees: tuple[int, ...]
+) -> ProfileHeader:
     tp = args.tensor_model_parallel_size
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
     on_one = attention_shape(args)
@@ -173,6 +176,8 @@ def _header(args: Any, config: Any, options: ProfileOptions, device: torch.devic
             "expert_parallel": args.expert_model_parallel_size, "node_size": max(1, local // tp),
         },
         dtype=str(args.params_dtype).removeprefix("torch."),
+        # plans price an exchange that they leave open as a2a, which needs whole heads on every rank
+        exchange=args.hbp_exchange or ("all_gather" if any(refusal("a2a", on_one, c) for c in degrees) else "a2a"),
         supervised=options.supervised,
         memory="reserved and outside the allocator" if device.type == "cuda" else "allocated above the states",
     )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.training import get_args
 
+from megatron_hbp.model import kernels
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.training.agreement import check_agreement
 from megatron_hbp.training.feed import Feed
@@ -26,6 +27,7 @@ def feeds_provider(options: HbpOptions) -> Provider:
         data = [part for part in (options.train, options.valid) if part is not None]
         if not groups:  # called once a virtual pipeline stage; the groups are made once
             groups.append(_make_groups({tier.cp_degree for part in data for tier in part.plan.tiers}))
+        device = torch.device(torch.cuda.current_device())
         feeds: list[Feed | None] = []
         for part in data:
             tiers, lines = settle_tiers(
@@ -35,6 +37,8 @@ def feeds_provider(options: HbpOptions) -> Provider:
                 exchange=args.hbp_exchange,
                 kernel=args.hbp_kernel,
             )
+            for tier in tiers:
+                kernels.choose(tier.kernel, device, args.params_dtype)
             if part is options.train and not vp_stage:
                 _say(*lines)
             feeds.append(
@@ -45,7 +49,7 @@ def feeds_provider(options: HbpOptions) -> Provider:
                     rank=parallel_state.get_data_parallel_rank(),
                     unit=args.tensor_model_parallel_size if args.sequence_parallel else 1,
                     full_length=args.pipeline_model_parallel_size > 1 and not args.variable_seq_lengths,
-                    device=torch.device(torch.cuda.current_device()),
+                    device=device,
                     tiers=tiers,
                     joint_recompute=args.expert_model_parallel_size > 1,
                     first_step=0 if part is options.valid else args.iteration,

@@ -1,7 +1,6 @@
 """`hbp profile` on two ranks, with memory running out on rank 1 for one row: once alone, once amid an exchange."""
 
 import os
-import sys
 
 import torch
 
@@ -10,6 +9,7 @@ from megatron_hbp.profiling import main
 
 def break_one_row() -> None:
     """Raise in forward and backward of the row that HBP_TEST_BREAKS names, on rank 1 only."""
+    main.platform_flags()  # before anything of Megatron-LM is imported
     from megatron_hbp.profiling import measure
 
     plain = measure._run
@@ -24,6 +24,5 @@ def break_one_row() -> None:
 
 
 if __name__ == "__main__":
-    main._before_rows = break_one_row  # type: ignore[attr-defined]
-    sys.argv[0] = "profile_worker"
+    break_one_row()
     main.main()

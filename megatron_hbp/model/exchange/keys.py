@@ -28,5 +28,7 @@ def shared_attention(
         keys = slice(piece.key_start, piece.end)
         parts.append(kernel(q[at : at + num_queries], k[keys], v[keys], piece.segments, scale))
         at += num_queries
+    if parts:
+        return torch.cat(parts)
     # a rank without shared tokens still takes part in the gather, and in its backward
-    return torch.cat(parts) if parts else q[..., : widths[1]] + 0 * gathered.sum()
+    return q.new_zeros((0, q.shape[1], widths[1])) + 0 * (gathered.sum() + q.sum())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import kernels
 from megatron_hbp.model.split import Segments
 
@@ -66,18 +67,41 @@ def test_more_keys_than_queries_are_aligned_at_their_ends():
     torch.testing.assert_close(kernels.reference(q[6:], k, v, segments, 0.5), whole[6:], rtol=0, atol=1e-13)
 
 
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that these packages are installed, and no other kernel's."""
+    kernels.choose.cache_clear()
+    names: set[str] = set()
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name if name in names else None)
+    yield names
+    kernels.choose.cache_clear()
+
+
 @pytest.mark.parametrize(
-    "device, dtype, kernel",
+    "packages, device, dtype, kernel",
     [
-        ("cuda", torch.bfloat16, kernels.varlen),
-        ("cuda", torch.float16, kernels.varlen),
-        ("cuda", torch.float32, kernels.reference),
-        ("cuda", torch.float64, kernels.reference),
-        ("cpu", torch.bfloat16, kernels.reference),
+        ((), "cuda", torch.bfloat16, kernels.varlen),
+        ((), "cuda", torch.float16, kernels.varlen),
+        (("flash_attn",), "cuda", torch.bfloat16, kernels.flash),
+        (("flash_attn", "transformer_engine"), "cuda", torch.bfloat16, kernels.te),
+        (("flash_attn", "transformer_engine"), "cuda", torch.float32, kernels.reference),
+        ((), "cuda", torch.float64, kernels.reference),
+        (("flash_attn",), "cpu", torch.bfloat16, kernels.reference),
     ],
 )
-def test_choice(device, dtype, kernel):
+def test_choice(installed, packages, device, dtype, kernel):
+    installed.update(packages)
     assert kernels.choose("auto", torch.device(device), dtype) is kernel
+
+
+@pytest.mark.parametrize(
+    "name, device, reason",
+    [("te", "cuda", "transformer_engine is not installed"), ("varlen", "cpu", "it needs CUDA and half precision")],
+)
+def test_a_kernel_that_cannot_run_is_refused(installed, name, device, reason):
+    with pytest.raises(ConfigError, match=reason) as refused:
+        kernels.choose(name, torch.device(device), torch.bfloat16)
+    assert "--hbp-kernel reference" in str(refused.value)
 
 
 def test_a_named_kernel_is_that_kernel():
