@@ -1,5 +1,6 @@
 """`hbp profile`: measure this machine with this model, on the ranks that would train."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,10 @@ def profile(
     After `--` come Megatron-LM's flags, as for pretrain_hbp.py, without the plan. Writes the profile table, and beside
     it a cost model for `hbp plan --cost`.
     """
+    # before torch is imported: its allocator and its profiler speak at every row
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     from megatron_hbp import launch
 
     given = {

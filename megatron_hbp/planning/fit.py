@@ -7,8 +7,9 @@ The formula of planning/cost.py is linear in its unknowns when written as second
     T / c  [policy p]              GEMMs that p runs again    S / c  [policy p] attention that p runs again
     T / c * L * 2 e(c) * (1 + back + again)                   exchange inside a node, and across nodes
 
-where `again` is 1 where attention runs again, `back` what the backward receives over the forward's bytes; "full n" counts n / L of "full". Rows weigh by 1 / seconds, so an error
-of 5% is the same in a short and a long row. Rows held out never enter the fit; their errors are what a plan may expect.
+where `again` is 1 where attention runs again, `back` what the backward receives over the forward's bytes; "full n"
+counts n / L of "full". Rows weigh by 1 / seconds, so an error of 5% is the same in a short and a long row. Rows held
+out never enter the fit; their errors are what a plan may expect.
 """
 
 from collections.abc import Sequence

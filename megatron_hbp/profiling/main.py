@@ -35,7 +35,6 @@ def run(argv: list[str]) -> ProfileTable:
         StopRequested: ranks wait for each other after one ran out of memory; the row is noted, start again to go on.
     """
     options = ProfileOptions.from_argv(argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profile of every row would say that it starts
     # megatron.training reads sys.argv; later flags win, so the user's go last
     sys.argv[1:] = platform_flags() + implied_flags(options) + argv
     from megatron_hbp.profiling.session import build

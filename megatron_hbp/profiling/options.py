@@ -127,6 +127,7 @@ def implied_flags(options: ProfileOptions) -> list[str]:
         "--hidden-dropout": 0,
         "--eval-iters": 0,
         "--lr": 1e-6,
+        "--logging-level": 30,  # warnings: the bar has the terminal
         "--tokenizer-type": "NullTokenizer",
     }
     return [str(word) for pair in flags.items() for word in pair] + ["--calculate-per-token-loss"]

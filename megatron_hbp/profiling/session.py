@@ -154,7 +154,8 @@ def build(options: ProfileOptions) -> Session:
         limit = min(limit or float("inf"), float(total))
     return Session(
         args=args, options=options, model=chunks, optimizer=optimizer, groups=groups, control=control, device=device,
-        switch=switch, header=_header(args, model.transformer, options, device, degrees), policies=policies, memory_limit=limit,
+        switch=switch, header=_header(args, model.transformer, options, device, degrees), policies=policies,
+        memory_limit=limit,
     )  # fmt: skip
 
 
