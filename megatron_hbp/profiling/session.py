@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -168,7 +169,8 @@ def _header(
     whole = replace(on_one, num_query_heads=args.num_attention_heads, num_kv_heads=max(on_one.num_kv_heads * tp, 1))
     return ProfileHeader(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
-        versions={"torch": torch.__version__, "megatron-core": _megatron_version(), "megatron_hbp": __version__},
+        # not megatron.core.__version__: it ends with the commit of whatever repository one stands in
+        versions={"torch": torch.__version__, "megatron-core": version("megatron-core"), "megatron_hbp": __version__},
         model=model_facts(args, whole, options.supervised),
         flags=config_digest(config, args),
         layout={
@@ -182,12 +184,6 @@ def _header(
         supervised=options.supervised,
         memory="reserved and outside the allocator" if device.type == "cuda" else "allocated above the states",
     )  # fmt: skip
-
-
-def _megatron_version() -> str:
-    import megatron.core
-
-    return megatron.core.__version__
 
 
 @contextlib.contextmanager
