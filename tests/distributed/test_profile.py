@@ -4,79 +4,97 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from megatron_hbp.planning import profile_table
 from megatron_hbp.planning.cost_file import cost_model
+from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable
 from megatron_hbp.planning.types import parse_tiers
 from tests.launching import ROOT
 
 MODEL = shlex.split("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --normalization RMSNorm --vocab-size 96")
-GRID = ["--hbp-profile-cp=1,2", "--hbp-profile-recompute=none,full2", "--hbp-profile-seconds=0.01"]
+GRID = shlex.split(
+    "--hbp-profile-lengths=128,256 --hbp-profile-cp=1,2 --hbp-profile-recompute=none,full2 --hbp-profile-seconds=0.01"
+)
 
 
-def profile(out: Path, lengths: str, *flags: str, breaks: str = "") -> subprocess.CompletedProcess:
+def profile(out: Path, *flags: str, breaks: str = "") -> subprocess.CompletedProcess:
+    """On two ranks; memory runs out on rank 1 in the tier `breaks`."""
     command = [
         sys.executable, "-m", "megatron_hbp.launch", "--standalone", "--nproc-per-node", "2", "-m",
-        "tests.distributed.profile_worker", f"--hbp-profile-out={out}", f"--hbp-profile-lengths={lengths}", *GRID,
-        *flags, *MODEL,
+        "tests.distributed.profile_worker", f"--hbp-profile-out={out}", *GRID, *flags, *MODEL,
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if name != "HBP_EXIT_CODE_FILE"}
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        command, cwd=ROOT, capture_output=True, text=True, timeout=500,
         env={**environment, "OMP_NUM_THREADS": "1", "HBP_TEST_BREAKS": breaks},
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Three starts with one table, one after the other."""
+
+    stuck: subprocess.CompletedProcess
+    """Memory runs out on rank 1 at 256:cp2, rank 0 waits for it in an exchange."""
+    rows: tuple[ProfileRow, ...]
+    """What was in the table then."""
+    resumed: subprocess.CompletedProcess
+    """Memory runs out on rank 1 at 256:cp1, where no rank waits for another."""
+    table: ProfileTable
+    cost_file: Path
+    other: subprocess.CompletedProcess
+    """Another share of supervised tokens, the same table."""
+
+
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """128 and 256 tokens, out of memory on rank 1 at 256:cp1."""
+def runs(tmp_path_factory) -> Runs:
     out = tmp_path_factory.mktemp("profile") / "p.json"
-    return out, profile(out, "128,256", breaks="256:cp1")
-
-
-def test_memory_that_runs_out_on_one_rank_ends_the_row_not_the_run(first):
-    out, ended = first
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    stuck = profile(out, "--hbp-profile-patience=2", breaks="256:cp2")
     rows = profile_table.load(out).rows
-    assert len(rows) == 20
-    assert {str(row.setting.tier) for row in rows if not row.fits} == {"256:cp1"}
-    reasons = [row.why for row in rows if not row.fits]
-    assert reasons[0] == "out of memory" and all("did not fit" in why for why in reasons[1:])
-    assert all(row.seconds > 0 and row.peak_bytes > row.saved_bytes > 0 for row in rows if row.fits)
+    resumed = profile(out, breaks="256:cp1")
+    return Runs(
+        stuck=stuck, rows=rows, resumed=resumed, table=profile_table.load(out),
+        cost_file=out.with_name("p.cost.json"), other=profile(out, "--hbp-profile-supervised=0.5"),
+    )  # fmt: skip
+
+
+def test_ranks_that_wait_for_one_out_of_memory_end_with_it_and_say_what_to_do(runs):
+    assert runs.stuck.returncode == 75, runs.stuck.stderr[-3000:]
+    (line,) = [line for line in runs.stuck.stderr.splitlines() if line.startswith("hbp profile: [rank")]
+    assert "256:cp2:none" in line and "run the same command again" in line
+    assert "Traceback" not in runs.stuck.stderr
+
+
+def test_the_next_start_goes_on_from_there_and_measures_nothing_twice(runs):
+    assert runs.resumed.returncode == 0, runs.resumed.stderr[-3000:]
+    assert 0 < len(runs.rows) < len(runs.table.rows) == 20
+    assert runs.table.rows[: len(runs.rows)] == runs.rows
+
+
+def test_memory_that_runs_out_on_one_rank_ends_the_row_not_the_run(runs):
+    refused = [row for row in runs.table.rows if not row.fits]
+    assert {str(row.setting.tier) for row in refused} == {"256:cp2", "256:cp1"}
+    why = {degree: [row.why for row in refused if row.cp_degree == degree] for degree in (1, 2)}
+    assert "others were in an exchange" in why[2][0] and why[1][0] == "out of memory"
+    assert all("did not fit" in reason for reason in why[1][1:] + why[2][1:])
+
+
+def test_rows_hold_seconds_and_bytes_and_make_a_cost_model(runs):
+    rows = [row for row in runs.table.rows if row.fits]
+    assert all(row.seconds > 0 and row.repeats >= 3 and row.peak_bytes > row.saved_bytes > 0 for row in rows)
     short = [row for row in rows if (row.tokens, row.cp_degree, row.shape) == (128, 1, "one")]
     saved = {row.recompute: row.saved_bytes for row in short}
     assert saved["full2"] < saved["none"]
+    cost = cost_model(str(runs.cost_file))
+    assert all(cost.tier_cost(tier).seconds(128, 128**2) > 0 for tier in parse_tiers("128:cp1,256:cp2:full2"))
 
 
-def test_the_fitted_cost_model_prices_tiers(first):
-    out, _ = first
-    cost = cost_model(str(out.with_name("p.cost.json")))
-    short, long = (cost.tier_cost(tier) for tier in parse_tiers("128:cp1,256:cp2:full2"))
-    assert short.seconds(128, 128**2) > 0 and long.seconds(256, 256**2) > 0
-
-
-def test_it_goes_on_where_it_stopped_also_when_ranks_were_stuck(first):
-    out, _ = first
-    before = profile_table.load(out).rows
-    ended = profile(out, "128,256,512", "--hbp-profile-patience=2", breaks="512:cp2")
-    assert ended.returncode == 75, ended.stderr[-3000:]
-    assert "512:cp2:none" in ended.stderr and "run the same command again" in ended.stderr
-    assert "Traceback" not in ended.stderr
-    ended = profile(out, "128,256,512")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    after = profile_table.load(out).rows
-    assert after[: len(before)] == before
-    why = [row.why for row in after if str(row.setting.tier) == "512:cp2" and row.why]
-    assert "others were in an exchange" in why[0]
-
-
-def test_a_table_of_another_model_is_refused(first):
-    out, _ = first
-    ended = profile(out, "128", "--hbp-profile-supervised=0.5")
-    assert ended.returncode == 78
-    (line,) = [line for line in ended.stderr.splitlines() if "hbp profile:" in line]
+def test_a_table_measured_otherwise_is_refused(runs):
+    assert runs.other.returncode == 78
+    (line,) = [line for line in runs.other.stderr.splitlines() if "hbp profile:" in line]
     assert "supervised: 0.67 there, 0.5 here" in line and "--hbp-profile-out" in line
-    assert "Traceback" not in ended.stderr
+    assert "Traceback" not in runs.other.stderr

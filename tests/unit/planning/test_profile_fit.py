@@ -5,15 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from megatron_hbp.cli import app
 from megatron_hbp.errors import ConfigError, DataError
-from megatron_hbp.planning import cost_file
+from megatron_hbp.planning import cost_file, planfile
 from megatron_hbp.planning.cost import preset
 from megatron_hbp.planning.fit import fit_profile, nonnegative_least_squares, spearman
 from megatron_hbp.planning.profile_memory import layers_by_local_tokens, layers_that_fit, peak_of, predict
 from megatron_hbp.planning.profile_table import Setting
 from megatron_hbp.planning.types import parse_tiers
 from megatron_hbp.profiling.grid import parse_numbers, parse_policies, settings
+from megatron_hbp.profiling.options import ProfileOptions
 from tests.unit.planning.profiles import PLANTED, row_of, table_of
 
 POLICIES = parse_policies("none,full2,full4,sel=core_attn", 4)
@@ -181,3 +184,37 @@ def test_flags_that_cannot_be_read():
     for text in ("half", "full9", "zigzag", "cp2", "full2:align4", ""):
         with pytest.raises(ConfigError, match="--hbp-profile-recompute"):
             parse_policies(text, 4)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def test_a_plan_is_made_and_shown_with_a_fitted_cost_model(tmp_path):
+    path, plan = tmp_path / "c.json", tmp_path / "p.plan"
+    cost_file.save(PLANTED, path)
+    np.save(tmp_path / "l.npy", np.arange(1, 200))
+    runner = CliRunner()
+    made = runner.invoke(app, ["plan", "--lengths", str(tmp_path / "l.npy"), "--ranks", "4", "--tiers", "256:cp1",
+                               "--step-tokens", "2048", "--cost", str(path), "--out", str(plan)])  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert planfile.load(plan).cost_model == str(path)
+    assert runner.invoke(app, ["plan", "show", str(plan)]).exit_code == 0
+    path.unlink()
+    gone = runner.invoke(app, ["plan", "show", str(plan)])
+    assert isinstance(gone.exception, ConfigError) and "cannot be read" in str(gone.exception)
+
+
+def test_flags_of_training_and_shares_out_of_range_are_refused():
+    for argv, says in (
+        (["--hbp-plan", "x"], "--hbp-plan is for training"),
+        (["--hbp-profile-supervised", "0"], "--hbp-profile-supervised"),
+        (["--hbp-profile-seconds", "0"], "must be above 0"),
+        (["--hbp-profile-seconds", "soon"], "invalid float"),
+        (["--hbp-profile-lengths", "4k"], "--hbp-profile-lengths"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            ProfileOptions.from_argv(argv)
+    options = ProfileOptions.from_argv(["--hbp-profile-out", "a/b.json", "--num-layers", "3"])
+    assert str(options.cost_file) == "a/b.cost.json" and options.degrees(12) == (1, 2, 4)
+    with pytest.raises(ConfigError, match="--hbp-profile-cp 3 does not divide the 4"):
+        ProfileOptions.from_argv(["--hbp-profile-cp", "3"]).degrees(4)
