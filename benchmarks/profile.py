@@ -135,7 +135,7 @@ def memory_table(name: str, table: profile_table.ProfileTable, flags: list[str],
     for tokens, cp_degree, recompute in MEMORY:
         result = out / f"{name}.{tokens}.cp{cp_degree}.{recompute}.rss.json"
         command = [
-            sys.executable, "-m", "megatron_hbp.launch", "--standalone", "--nproc-per-node", str(NUM_RANKS), "-m",
+            sys.executable, "-m", "megatron_hbp.launch", "--standalone", "--nproc-per-node", str(max(2, cp_degree)), "-m",
             "benchmarks.profile_rss", f"--hbp-profile-lengths={tokens}", f"--hbp-profile-cp={cp_degree}",
             f"--hbp-profile-recompute={recompute}", *flags,
         ]  # fmt: skip
