@@ -54,16 +54,18 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--out", type=Path, help="keep tables here, and resume those that are there")
     parser.add_argument("--only", choices=MODELS, help="one model, for example to run them one after the other")
+    parser.add_argument("--skip-memory", action="store_true", help="weigh no RSS that is not in --out yet")
     args = parser.parse_args()
     console = Console(width=118, record=True)
-    console.print("$ python -m benchmarks.profile --write benchmarks/profile.md", highlight=False)
+    skipped = " --skip-memory" if args.skip_memory else ""
+    console.print(f"$ python -m benchmarks.profile --write benchmarks/profile.md{skipped}", highlight=False)
     with tempfile.TemporaryDirectory() as folder:
         out = args.out or Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         plan = unseen_plan(out / "unseen.plan")
         total = 0.0
         for name in [args.only] if args.only else MODELS:
-            total += one_model(name, [*MODELS[name], *FURTHER], plan, out, console)
+            total += one_model(name, [*MODELS[name], *FURTHER], plan, out, console, with_memory=not args.skip_memory)
         told = "met" if total < TARGET_SECONDS else "MISSED"
         console.print(f"both models: {total:.0f} s of wall time (target {TARGET_SECONDS:g}: {told})", highlight=False)
     if args.write:
@@ -81,7 +83,7 @@ def unseen_plan(path: Path) -> Path:
     return path
 
 
-def one_model(name: str, flags: list[str], plan: Path, out: Path, console: Console) -> float:
+def one_model(name: str, flags: list[str], plan: Path, out: Path, console: Console, *, with_memory: bool) -> float:
     """Profile, fit, check; returns the wall seconds that the profile took."""
     table_file = out / f"{name}.json"
     base = [sys.executable, "-m", "megatron_hbp.cli", "profile", "--nproc-per-node", str(NUM_RANKS), *GRID]
@@ -107,7 +109,7 @@ def one_model(name: str, flags: list[str], plan: Path, out: Path, console: Conso
     if not check_file.exists():
         run([*base, "--check", str(plan), "--", *flags], out / f"{name}.check.log")
     console.print(check_table(json.loads(check_file.read_text())["packs"]))
-    console.print(memory_table(name, table, flags, out))
+    console.print(memory_table(name, table, flags, out, weigh=with_memory))
     return seconds["wall"]
 
 
@@ -127,19 +129,22 @@ def check_table(packs: list[dict]) -> Table:
     return lines
 
 
-def memory_table(name: str, table: profile_table.ProfileTable, flags: list[str], out: Path) -> Table:
+def memory_table(name: str, table: profile_table.ProfileTable, flags: list[str], out: Path, *, weigh: bool) -> Table:
     """Predicted peaks against the growth of RSS in fresh processes."""
     lines = Table(title="peak memory of a micro-batch, fullest rank, MiB", title_justify="left")
     for heading in ("tokens", "CP", "recompute", "predicted", "growth of RSS", "error", "within 10%"):
         lines.add_column(heading, justify="left" if heading == "recompute" else "right")
     for tokens, cp_degree, recompute in MEMORY:
         result = out / f"{name}.{tokens}.cp{cp_degree}.{recompute}.rss.json"
-        command = [
-            sys.executable, "-m", "megatron_hbp.launch", "--standalone", "--nproc-per-node", str(max(2, cp_degree)), "-m",
-            "benchmarks.profile_rss", f"--hbp-profile-lengths={tokens}", f"--hbp-profile-cp={cp_degree}",
-            f"--hbp-profile-recompute={recompute}", *flags,
-        ]  # fmt: skip
+        if not result.exists() and not weigh:
+            continue
         if not result.exists():
+            ranks = max(2, cp_degree)  # expert parallelism of the second model wants two
+            command = [
+                sys.executable, "-m", "megatron_hbp.launch", "--standalone", "--nproc-per-node", str(ranks),
+                "-m", "benchmarks.profile_rss", f"--hbp-profile-lengths={tokens}", f"--hbp-profile-cp={cp_degree}",
+                f"--hbp-profile-recompute={recompute}", *flags,
+            ]  # fmt: skip
             run(command, out / f"{name}.rss.log", HBP_RSS=f"{tokens} {cp_degree} {recompute} {result}")
         growth = json.loads(result.read_text())["growth"]
         predicted = peak_of(table.rows, tokens // cp_degree, cp_degree, recompute)
