@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from megatron_hbp.commands import plan, prepare, simulate
+from megatron_hbp.commands import plan, prepare, profile, simulate
 from megatron_hbp.errors import HbpError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command("prepare")(prepare.prepare)
 app.add_typer(plan.app, name="plan")
+app.command("profile", context_settings={"allow_extra_args": True})(profile.profile)
 app.command("simulate")(simulate.simulate_plan)
 
 

@@ -16,7 +16,8 @@ from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import planfile
 from megatron_hbp.planning.compare import Planner, contenders
 from megatron_hbp.planning.compare import compare as compare_all
-from megatron_hbp.planning.cost import DEFAULT_COST_MODEL, preset
+from megatron_hbp.planning.cost import DEFAULT_COST_MODEL
+from megatron_hbp.planning.cost_file import cost_model
 from megatron_hbp.planning.inputs import PlanInput, read_lengths, read_store
 from megatron_hbp.planning.layout import Request
 from megatron_hbp.planning.plan import DataFingerprint
@@ -65,7 +66,7 @@ LossTokens = Annotated[Path | None, typer.Option(help="A .npy file with the supe
 Ranks = Annotated[int | None, typer.Option(help="Data-parallel ranks: world size / (TP x PP).")]
 Tiers = Annotated[str | None, typer.Option(help="For example 16384:cp1,131072:cp8.")]
 StepTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
-Cost = Annotated[str | None, typer.Option(help=f"Cost model; without it {DEFAULT_COST_MODEL} balances the plan.")]
+Cost = Annotated[str | None, typer.Option(help=f"Cost model or FILE.json; without it {DEFAULT_COST_MODEL}.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same data: same plan.")]
 
 
@@ -109,7 +110,7 @@ def plan(
         raise ConfigError(f"hbp plan needs {', '.join(missing)} too (--auto selects tiers); see `hbp plan --help`")
     _check_auto(tiers, auto, hbp_select, equal_local_tokens, memory, longest)
     data = read_input(lengths, store, loss_tokens)
-    model = preset(cost or DEFAULT_COST_MODEL)
+    model = cost_model(cost or DEFAULT_COST_MODEL)
     if tiers is None:
         wanted = auto_tiers(
             check_lengths(data.lengths), model, select=hbp_select or Select.joint, num_ranks=ranks,
@@ -168,7 +169,7 @@ def show(
         return
     console = wide_console()
     console.print(tier_table(made))
-    console.print(metrics_table({"HBP": made}, preset(made.cost_model)))
+    console.print(metrics_table({"HBP": made}, cost_model(made.cost_model)))
     console.print(counts_line(made))
 
 
@@ -181,7 +182,7 @@ def reschedule_plan(
 ) -> None:
     """Lay the rest of a plan out for another number of ranks: same packs, same steps, each sample once."""
     made = planfile.load(plan_file)
-    changed = reschedule(made, num_ranks=ranks, cost=preset(made.cost_model), from_step=from_step)
+    changed = reschedule(made, num_ranks=ranks, cost=cost_model(made.cost_model), from_step=from_step)
     planfile.save(changed, out)
     console = wide_console()
     console.print(tier_table(changed))
@@ -206,7 +207,7 @@ def compare(
     values = check_lengths(read_input(lengths, store, None).lengths)
     if len(values) > max_samples:
         values = np.random.default_rng(seed).permutation(values)[:max_samples]
-    model = preset(cost)
+    model = cost_model(cost)
     request = Request(
         tiers=tuple(model.with_recompute(tier) for tier in parse_tiers(tiers)), num_ranks=ranks,
         step_tokens=step_tokens, seed=seed, schedule="gang", cost=model, data=DataFingerprint.of(values),

@@ -10,7 +10,8 @@ import typer
 
 from megatron_hbp.errors import ConfigError, DiskError
 from megatron_hbp.planning import planfile
-from megatron_hbp.planning.cost import CostModel, preset
+from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.cost_file import cost_model
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.simulate import Simulation, simulate
 from megatron_hbp.planning.topology import Topology
@@ -39,7 +40,7 @@ def simulate_plan(
 ) -> None:
     """Simulate a plan on a cluster: epoch, idle time by cause, GPU days, memory."""
     plan = planfile.load(plan_file)
-    model = _with_links(preset(cost or plan.cost_model), node_bandwidth, cluster_bandwidth)
+    model = _with_links(cost_model(cost or plan.cost_model), node_bandwidth, cluster_bandwidth)
     topology = Topology(
         num_nodes=nodes, gpus_per_node=gpus_per_node, tp=tp, pp=pp, virtual_stages=virtual_stages, ep=ep,
         overlap=overlap, overlap_gradients=overlap_gradients, fully_sharded=fully_sharded, gpu_memory=gpu_memory * 1e9,

@@ -68,14 +68,20 @@ class CostModel:
     """Heads: the exchange hands whole heads to ranks."""
     recompute_layers: tuple[tuple[int, int], ...] = ()
     """(local tokens, fewest recomputed layers that fit into memory), growing; from a profile."""
+    recompute_shares: tuple[tuple[str, float, float], ...] = ()
+    """(modules joined by +, or "full", and the shares of the GEMMs' and of attention's forward that run again),
+    measured; for "full" those of all layers. Without an entry the rules of `_recomputed_shares` hold."""
+    group_seconds: tuple[tuple[int, float], ...] = ()
+    """(CP degree, seconds that a micro-batch costs more at this degree whatever it holds), measured."""
 
     def tier_cost(self, tier: Tier) -> TierCost:
         """Coefficients of `tier`."""
         cp_degree = tier.cp_degree
         linear, attention = self._recomputed_shares(tier.recompute)
-        exchange = self.num_layers * self._exchange_seconds(tier, attention)
+        again = rule_shares(tier.recompute, self.num_layers)[1]  # a measured share holds more than the exchange
+        exchange = self.num_layers * self._exchange_seconds(tier, again)
         return TierCost(
-            fixed=self.micro_batch_seconds,
+            fixed=self.micro_batch_seconds + dict(self.group_seconds).get(cp_degree, 0.0),
             per_token=(self.linear_flops * (3 + linear) / 3 / self.linear_rate + exchange) / cp_degree,
             per_square=self.attention_flops * (3.5 + attention) / self.attention_rate / cp_degree,
         )
@@ -124,13 +130,24 @@ class CostModel:
         return received / self.machine.bandwidth(c) + extra / self.linear_rate
 
     def _recomputed_shares(self, recompute: Recompute) -> tuple[float, float]:
-        """Shares (GEMMs, attention) of the forward that run again."""
-        if recompute.granularity == "full":
-            share = min(recompute.num_layers / self.num_layers, 1.0)
-            return share, share
-        modules = recompute.modules
-        # An MLP holds about two thirds of a dense layer's GEMM FLOPs.
-        return (2 / 3 if "mlp" in modules or "moe" in modules else 0.0), float("core_attn" in modules)
+        """Shares (GEMMs, attention) of the forward that run again: as measured, or by rule."""
+        full = recompute.granularity == "full"
+        name = "full" if full else "+".join(sorted(recompute.modules))
+        for measured, linear, attention in self.recompute_shares:
+            if measured == name:
+                part = min(recompute.num_layers / self.num_layers, 1.0) if full else 1.0
+                return part * linear, part * attention
+        return rule_shares(recompute, self.num_layers)
+
+
+def rule_shares(recompute: Recompute, num_layers: int) -> tuple[float, float]:
+    """Shares (GEMMs, attention) of the forward that run again, were all layers alike and norms free."""
+    if recompute.granularity == "full":
+        share = min(recompute.num_layers / num_layers, 1.0)
+        return share, share
+    modules = recompute.modules
+    # An MLP holds about two thirds of a dense layer's GEMM FLOPs.
+    return (2 / 3 if "mlp" in modules or "moe" in modules else 0.0), float("core_attn" in modules)
 
 
 def dense_model(
@@ -203,5 +220,7 @@ DEFAULT_COST_MODEL = "llama3.1-8b-h100"
 def preset(name: str) -> CostModel:
     """The shipped cost model `name`. Raises ConfigError for an unknown one."""
     if name not in PRESETS:
-        raise ConfigError(f"unknown cost model {name!r}; there are {', '.join(sorted(PRESETS))}")
+        raise ConfigError(
+            f"unknown cost model {name!r}; there are {', '.join(sorted(PRESETS))}, or a FILE.json of `hbp profile`"
+        )
     return PRESETS[name]

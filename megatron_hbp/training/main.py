@@ -16,7 +16,7 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except HbpError as error:
-        _fail(error)
+        fail(error, "pretrain_hbp")
 
 
 def run(argv: list[str]) -> None:
@@ -37,7 +37,7 @@ def run(argv: list[str]) -> None:
 
     options = HbpOptions.from_argv(argv)
     flags = implied_flags(options) if options.train is not None else []
-    flags = _platform_flags() + flags
+    flags = platform_flags() + flags
 
     # megatron.training reads sys.argv; later flags win, so the user's go last
     sys.argv[1:] = flags + argv
@@ -63,7 +63,7 @@ def run(argv: list[str]) -> None:
             ModelType.encoder_or_decoder,
             plain.forward_step,
         )
-        _leave()
+        leave()
         return
 
     from megatron_hbp.model.recompute import install_context_capture
@@ -93,10 +93,10 @@ def run(argv: list[str]) -> None:
     from megatron.core import parallel_state
 
     metrics.summarise(parallel_state.get_data_parallel_group())
-    _leave()
+    leave()
 
 
-def _platform_flags() -> list[str]:
+def platform_flags() -> list[str]:
     """Apply the CPU platform layer where there is no CUDA device; with CUDA it isn't even imported."""
     if torch.cuda.is_available() and os.environ.get("HBP_PLATFORM") != "cpu":
         return []
@@ -106,13 +106,14 @@ def _platform_flags() -> list[str]:
     return list(cpu.FLAGS)
 
 
-def _leave() -> None:
+def leave() -> None:
+    """End the process groups together."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-def _fail(error: HbpError) -> NoReturn:
+def fail(error: HbpError, program: str) -> NoReturn:
     """One line on stderr, the exit code where the launcher looks for it, and out.
 
     Mistakes found before the process group exists are the same on every rank: rank 0 speaks, the others wait for it,
@@ -123,7 +124,7 @@ def _fail(error: HbpError) -> NoReturn:
     if rank and together:
         time.sleep(3)
     else:
-        print(f"pretrain_hbp: {'' if together else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
+        print(f"{program}: {'' if together else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
         if code_file := os.environ.get("HBP_EXIT_CODE_FILE"):
             Path(code_file).write_text(f"{error.exit_code}\n", encoding="utf-8")
     os._exit(error.exit_code)  # not sys.exit: threads of a process group that others no longer serve would hang it

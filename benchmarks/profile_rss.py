@@ -1,0 +1,51 @@
+"""Resident memory that one micro-batch adds to a fresh process, on every rank: run by benchmarks.profile.
+
+    HBP_RSS="TOKENS CP RECOMPUTE SEED RESULT.json" python -m megatron_hbp.launch ... -m benchmarks.profile_rss [flags]
+
+A short pack comes first, so that threads, tables and libraries are there; then the kernel's high-water mark is reset
+(/proc/self/clear_refs), the micro-batch runs, and VmHWM is read against VmRSS from before.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_hbp.profiling.options import ProfileOptions, implied_flags
+from megatron_hbp.training.main import leave, platform_flags
+
+
+def main() -> None:
+    """Write {"growth": bytes of the fullest rank} from rank 0."""
+    tokens, cp_degree, recompute, result = os.environ["HBP_RSS"].split()
+    options = ProfileOptions.from_argv(sys.argv[1:])
+    sys.argv[1:] = platform_flags() + implied_flags(options) + sys.argv[1:]
+    from megatron_hbp.planning.profile_table import Setting
+    from megatron_hbp.profiling.measure import agree
+    from megatron_hbp.profiling.packs import plan_of_one_pack
+    from megatron_hbp.profiling.session import build
+
+    session = build(options)
+    for length in (256 * int(cp_degree), int(tokens)):
+        setting = Setting(tokens=length, cp_degree=int(cp_degree), recompute=recompute, shape="few")
+        feed = session.feed(plan_of_one_pack(setting.sample_lengths(), setting.tier, session.num_ranks))
+        session.clear_gradients()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        session.forward_backward(feed)
+    growth = agree(session, False, float(memory("VmHWM") - before))
+    if os.environ["RANK"] == "0":
+        Path(result).write_text(json.dumps({"growth": growth}))
+    leave()
+
+
+def memory(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Fit a cost model to a profile table: least squares with non-negative coefficients, numpy alone.
+
+The formula of planning/cost.py is linear in its unknowns when written as seconds of
+
+    1                              every micro-batch          [CP degree c]     what degree c adds to that
+    T / c                          linear                     S / c             attention
+    T / c  [policy p]              GEMMs that p runs again    S / c  [policy p] attention that p runs again
+    T / c * L * 2 e(c) * (1 + back + again)                   exchange inside a node, and across nodes
+
+where `again` is 1 where attention runs again, `back` what the backward receives over the forward's bytes; "full n"
+counts n / L of "full". Rows weigh by 1 / seconds, so an error of 5% is the same in a short and a long row. Rows held
+out never enter the fit; their errors are what a plan may expect.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_hbp.errors import DataError
+from megatron_hbp.planning.cost import CostModel, rule_shares
+from megatron_hbp.planning.exchange import backward_bytes, elements
+from megatron_hbp.planning.profile_memory import layers_by_local_tokens
+from megatron_hbp.planning.profile_table import ProfileHeader, ProfileRow, ProfileTable
+
+HELD_OUT_EVERY = 5
+"""Every fifth row, in the order of their cost, is held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowError:
+    """One row against the fit."""
+
+    row: ProfileRow
+    predicted: float
+    """Seconds."""
+    held_out: bool
+
+    @property
+    def error(self) -> float:
+        """predicted / measured - 1."""
+        assert self.row.seconds
+        return self.predicted / self.row.seconds - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileFit:
+    """A fitted cost model and its error, row by row."""
+
+    cost: CostModel
+    errors: tuple[RowError, ...]
+
+    def median_error(self, *, held_out: bool) -> float:
+        """Median of |predicted / measured - 1| over the rows held out, or over those fitted."""
+        found = [abs(each.error) for each in self.errors if each.held_out == held_out]
+        return float(np.median(found)) if found else float("nan")
+
+
+def fit_profile(table: ProfileTable, *, name: str, held_out_every: int = HELD_OUT_EVERY) -> ProfileFit:
+    """Fit all constants that the rows tell apart. Raises DataError where fewer rows than unknowns fit into memory."""
+    rows = sorted((r for r in table.rows if r.fits), key=lambda r: (r.seconds, str(r.setting)))
+    held = np.array([held_out_every > 0 and i % held_out_every == held_out_every // 2 for i in range(len(rows))], bool)
+    columns = _columns(rows, table.header)
+    names = [key for key, values in columns.items() if values[~held].any()]
+    if (~held).sum() < len(names) + 1:
+        raise DataError(
+            f"{(~held).sum()} rows that fit into memory (and {held.sum()} held out) cannot determine {len(names)} "
+            f"constants: profile more lengths (--hbp-profile-lengths) or fewer CP degrees and recompute policies"
+        )
+    features = np.stack([columns[key] for key in names], axis=1)
+    seconds = np.array([row.seconds for row in rows])
+    found = nonnegative_least_squares(features[~held] / seconds[~held, None], np.ones((~held).sum()))
+    coefficients = dict(zip(names, found.tolist(), strict=True))
+    cost = _cost_model(name, table, coefficients)
+    return ProfileFit(cost=cost, errors=tuple(
+        RowError(row=row, predicted=predicted_seconds(cost, row), held_out=bool(out))
+        for row, out in zip(rows, held, strict=True)
+    ))  # fmt: skip
+
+
+def predicted_seconds(cost: CostModel, row: ProfileRow) -> float:
+    """What `cost` says of a row's pack."""
+    return float(cost.tier_cost(row.setting.tier).seconds(row.tokens, row.squares))
+
+
+def nonnegative_least_squares(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """argmin |features x - wanted| over x >= 0 (Lawson and Hanson 1974, chapter 23). features [n, k], wanted [n]."""
+    scale = np.linalg.norm(features, axis=0)
+    scale[scale == 0] = 1.0
+    a = features / scale  # the columns span fifteen orders of magnitude
+    x, free = np.zeros(a.shape[1]), np.zeros(a.shape[1], bool)
+    for _ in range(10 * a.shape[1]):
+        gradient = np.where(free, -np.inf, a.T @ (wanted - a @ x))
+        if gradient.max(initial=-np.inf) <= 1e-10:
+            break
+        free[gradient.argmax()] = True
+        while True:
+            trial = np.zeros_like(x)
+            trial[free] = np.linalg.lstsq(a[:, free], wanted, rcond=None)[0]
+            if (trial[free] > 0).all():
+                break
+            blocked = free & (trial <= 0)
+            step = (x[blocked] / np.maximum(x[blocked] - trial[blocked], 1e-300)).min()
+            x = x + step * (trial - x)
+            free &= x > 1e-14
+            x[~free] = 0.0
+        x = trial
+    return x / scale
+
+
+def _columns(rows: Sequence[ProfileRow], header: ProfileHeader) -> dict[str, np.ndarray]:
+    """Feature name -> its values [rows]."""
+    model, node = header.model, header.layout["node_size"]
+    shape = model.attention.on_tensor_parallel_rank(header.layout["tensor_parallel"])
+    tokens = np.array([row.tokens / row.cp_degree for row in rows])
+    squares = np.array([row.squares / row.cp_degree for row in rows])
+    degree = np.array([row.cp_degree for row in rows])
+    columns = {"fixed": np.ones(len(rows)), "token": tokens, "square": squares}
+    again = np.array([rule_shares(row.setting.policy, model.num_layers)[1] for row in rows])
+    sent = np.array([elements(header.exchange, shape, c) if c > 1 else 0.0 for c in degree])
+    sent *= 2.0 * header.layout["tensor_parallel"] * (1 + backward_bytes(header.exchange) + again)
+    exchange = tokens * model.num_layers * sent
+    columns["node"] = np.where(degree <= node, exchange, 0.0)
+    columns["cluster"] = np.where(degree > node, exchange, 0.0)
+    for c in np.unique(degree[degree > 1]):
+        columns[f"group {c}"] = (degree == c).astype(float)
+    for name in sorted({_policy_name(row) for row in rows} - {"none"}):
+        part = np.array([_policy_part(row, model.num_layers) if _policy_name(row) == name else 0.0 for row in rows])
+        columns[f"token {name}"], columns[f"square {name}"] = part * tokens, part * squares
+    return columns
+
+
+def _policy_name(row: ProfileRow) -> str:
+    """ "full", or the modules in order, or "none"."""
+    policy = row.setting.policy
+    return "full" if policy.granularity == "full" else "+".join(sorted(policy.modules)) or "none"
+
+
+def _policy_part(row: ProfileRow, num_layers: int) -> float:
+    policy = row.setting.policy
+    return min(policy.num_layers / num_layers, 1.0) if policy.granularity == "full" else 1.0
+
+
+def _cost_model(name: str, table: ProfileTable, found: dict[str, float]) -> CostModel:
+    """Coefficients as rates and shares; a coefficient of 0 is an infinite rate."""
+    header = table.header
+    model, layout = header.model, header.layout
+
+    def rate(work: float, key: str) -> float:
+        return work / found[key] if found.get(key, 0.0) > 0 else float("inf")
+
+    # Shares are relative to the forward: a third of the linear seconds, 1 of 3.5 of attention's.
+    forward, looks = found.get("token", 0.0) / 3, found.get("square", 0.0) / 3.5
+    policies = [key.split(" ", 1)[1] for key in found if key.startswith(("token ", "square "))]
+    shares = tuple(
+        (key, found.get(f"token {key}", 0.0) / forward if forward else 0.0,
+         found.get(f"square {key}", 0.0) / looks if looks else 0.0)
+        for key in sorted(set(policies))
+    )  # fmt: skip
+    node = rate(1.0, "node")
+    return CostModel(
+        name=name,
+        num_layers=model.num_layers,
+        linear_flops=model.linear_flops,
+        attention_flops=model.attention_flops,
+        attention=model.attention,
+        linear_rate=rate(model.linear_flops, "token"),
+        attention_rate=rate(3.5 * model.attention_flops, "square"),
+        node_bandwidth=node,
+        # nothing measured across nodes: not faster than inside one
+        cluster_bandwidth=rate(1.0, "cluster") if "cluster" in found else node,
+        micro_batch_seconds=found.get("fixed", 0.0),
+        node_size=layout["node_size"],
+        tensor_parallel=layout["tensor_parallel"],
+        max_cp_degree=model.attention.num_query_heads,
+        recompute_layers=layers_by_local_tokens(table),
+        recompute_shares=shares,
+        group_seconds=tuple((int(key[6:]), value) for key, value in found.items() if key.startswith("group ")),
+    )
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two series [n]; ties share their mean rank."""
+    x, y = (_ranks(np.asarray(values, float)) for values in (a, b))
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    order = np.argsort(values, kind="stable")
+    ranks = np.empty(len(values))
+    ranks[order] = np.arange(len(values))
+    bounds = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)
+    for start, end in pairwise([*bounds.tolist(), len(values)]):
+        ranks[order[start:end]] = (start + end - 1) / 2
+    return ranks

@@ -1,0 +1,133 @@
+"""Peak memory from a profile table: what fits, how much must be recomputed, what a micro-batch will take.
+
+Algorithms 3 and 4 of the paper (arXiv 2503.07680): two readings, at the fewest and the most recomputed layers, give
+bytes a layer; from them follows the least count that fits. Over lengths the bytes grow with the local tokens, once more
+on a line through two readings.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable, Setting
+from megatron_hbp.planning.types import parse_tiers
+
+
+class Prediction(NamedTuple):
+    """Whether a setting fits, before it is run."""
+
+    peak_bytes: float | None
+    """None where no line can be drawn yet."""
+    refused: str
+    """Why it can't fit; empty where it may."""
+
+
+def predict(rows: Sequence[ProfileRow], setting: Setting, limit: float | None) -> Prediction:
+    """Whether `setting` can fit, from the rows measured so far."""
+    for row in rows:
+        if not row.fits and _needs_no_less(setting, row.setting):
+            return Prediction(None, f"{row.setting} did not fit")
+    peak = peak_of(rows, setting.local_tokens, setting.cp_degree, setting.recompute)
+    if limit is not None and peak is not None and peak > limit:
+        return Prediction(peak, f"predicted {peak / 2**30:.2f} GiB, the limit is {limit / 2**30:.2f} GiB")
+    return Prediction(peak, "")
+
+
+def peak_of(rows: Sequence[ProfileRow], local_tokens: int, cp_degree: int, recompute: str) -> float | None:
+    """Bytes of a micro-batch with so many local tokens, on the line through the two nearest readings.
+
+    Readings are those at the same CP degree and policy, the fullest shape at each length. Numbers of layers that were
+    not measured lie on the line between the two that were (Algorithm 3). None with fewer than two readings.
+    """
+    points = _points(rows, cp_degree, recompute)
+    if points:
+        return _on_line(points, local_tokens)
+    (tier,) = parse_tiers(f"1:cp1:{recompute}")
+    if tier.recompute.granularity == "selective":
+        return None
+    counts = {r.setting.policy.num_layers: r.recompute for r in rows if r.setting.policy.granularity != "selective"}
+    peaks = {n: _on_line(_points(rows, cp_degree, name), local_tokens) for n, name in counts.items()}
+    return _on_line({n: peak for n, peak in peaks.items() if peak is not None}, tier.recompute.num_layers)
+
+
+def _on_line(points: Mapping[int, float], at: int) -> float | None:
+    """The value at `at` of the line through the two nearest points; a point itself where there is one."""
+    if at in points:
+        return float(points[at])
+    known = np.array(sorted(points))
+    if len(known) < 2:
+        return None
+    right = int(np.clip(np.searchsorted(known, at), 1, len(known) - 1))
+    a, b = int(known[right - 1]), int(known[right])
+    return float(points[a] + (points[b] - points[a]) / (b - a) * (at - a))
+
+
+def layers_that_fit(
+    rows: Sequence[ProfileRow], tokens: int, cp_degree: int, limit: float, num_layers: int
+) -> int | None:
+    """The fewest recomputed layers with which a pack of `tokens` at `cp_degree` fits into `limit` bytes.
+
+    c = c_max - free(c_max) / slope (Algorithm 4), from the two readings furthest apart that there are at this length;
+    None where even c_max does not fit, or where nothing was read.
+    """
+    readings = {
+        row.setting.policy.num_layers: float(row.peak_bytes)
+        for row in rows
+        if row.tokens == tokens and row.cp_degree == cp_degree and row.shape == "one" and row.fits
+        and row.peak_bytes is not None and row.setting.policy.granularity != "selective"
+    }  # fmt: skip
+    if not readings:
+        return None
+    least, most = min(readings), max(readings)
+    if readings[most] > limit:
+        return None
+    if readings[least] <= limit and least == 0:
+        return 0
+    if least == most:
+        return most
+    slope = (readings[least] - readings[most]) / (most - least)
+    if slope <= 0:
+        return most
+    fewest = most - math.floor((limit - readings[most]) / slope)
+    return min(max(fewest, 0), num_layers)
+
+
+def layers_by_local_tokens(table: ProfileTable) -> tuple[tuple[int, int], ...]:
+    """(local tokens, fewest recomputed layers that fit), growing in both: `CostModel.recompute_layers`.
+
+    Of several CP degrees with the same local tokens, the one that needs most counts. Empty without a limit.
+    """
+    if table.memory_limit is None:
+        return ()
+    found: dict[int, int] = {}
+    for tokens, c in sorted({(row.tokens, row.cp_degree) for row in table.rows}):
+        layers = layers_that_fit(table.rows, tokens, c, table.memory_limit, table.header.model.num_layers)
+        if layers is not None:
+            found[tokens // c] = max(layers, found.get(tokens // c, 0))
+    pairs, most = [], 0
+    for local in sorted(found):
+        most = max(most, found[local])
+        pairs.append((local, most))
+    return tuple(pairs)
+
+
+def _points(rows: Sequence[ProfileRow], cp_degree: int, recompute: str) -> dict[int, int]:
+    """Local tokens -> bytes, the most over the shapes of pack."""
+    points: dict[int, int] = {}
+    for row in rows:
+        if row.fits and row.peak_bytes is not None and (row.cp_degree, row.recompute) == (cp_degree, recompute):
+            local = row.setting.local_tokens
+            points[local] = max(row.peak_bytes, points.get(local, 0))
+    return points
+
+
+def _needs_no_less(setting: Setting, failed: Setting) -> bool:
+    """True where `setting` keeps at least what `failed` kept: as many local tokens, no more recomputed."""
+    if setting.cp_degree != failed.cp_degree or setting.local_tokens < failed.local_tokens:
+        return False
+    ours, theirs = setting.policy, failed.policy
+    if ours == theirs or ours.granularity is None:
+        return True
+    return ours.granularity == theirs.granularity == "full" and ours.num_layers <= theirs.num_layers

@@ -1,0 +1,97 @@
+"""Time every pack of a plan that the fit never saw, and set it beside what the cost model says."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_hbp.errors import PlanError
+from megatron_hbp.planning import planfile
+from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.profile_table import write_json
+from megatron_hbp.profiling.measure import DoesNotFitError, gangs_by_rank, time_repeats
+from megatron_hbp.profiling.session import Session
+
+REPEATS = 3
+KIND = "hbp profile check"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """Packs of one plan: modelled and measured seconds, all [packs]."""
+
+    plan: Plan
+    predicted: np.ndarray
+    measured: np.ndarray
+
+
+def check_plan(session: Session, path: Path, cost: CostModel | None) -> Checked | None:
+    """Run every slot of a plan `REPEATS` times; rank 0 (which has `cost`) writes and prints. Collective.
+
+    Raises:
+        PlanError: the plan is for another number of ranks, or does not fit into memory.
+    """
+    plan = planfile.load(path)
+    if plan.num_ranks != session.num_ranks:
+        raise PlanError(
+            f"--hbp-profile-check {path} is for {plan.num_ranks} data-parallel ranks, this run has "
+            f"{session.num_ranks}: make it again with `hbp plan --ranks {session.num_ranks}`"
+        )
+    missing = sorted({tier.cp_degree for tier in plan.tiers} - {1} - set(session.groups.by_degree))
+    if missing:
+        raise PlanError(f"--hbp-profile-check {path} has CP degree {missing[0]}: add it to --hbp-profile-cp")
+    measured = np.zeros(plan.num_packs)
+    for step in range(plan.num_steps):
+        for slot in range(int(plan.num_micro_batches[step])):
+            one = _slot(plan, step, slot)
+            feed = session.feed(one)
+            try:
+                times = time_repeats(session, feed, repeats=REPEATS + 1)[1:]  # the first one warms up
+            except DoesNotFitError as error:
+                raise PlanError(f"--hbp-profile-check {path}: step {step}, slot {slot} does not fit") from error
+            ranks = gangs_by_rank(session, times)
+            for pack in np.flatnonzero((plan.pack_step == step) & (plan.pack_slot == slot)):
+                first = int(plan.pack_rank0[pack])
+                measured[pack] = ranks[first : first + int(plan.pack_cp[pack])].max()
+    if cost is None or dist.get_rank():
+        return None
+    predicted = cost.pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
+    checked = Checked(plan=plan, predicted=predicted, measured=measured)
+    _write(checked, session.options.out, path)
+    from megatron_hbp.report.profile_tables import print_check
+
+    print_check(checked.plan, checked.predicted, checked.measured)
+    sys.stdout.flush()
+    return checked
+
+
+def _slot(plan: Plan, step: int, slot: int) -> Plan:
+    """The plan of one slot alone: what runs before and after it is not in its time."""
+    packs = np.flatnonzero((plan.pack_step == step) & (plan.pack_slot == slot))
+    parts = [slice(plan.pack_offsets[p], plan.pack_offsets[p + 1]) for p in packs]
+    sizes = np.array([part.stop - part.start for part in parts])
+    return replace(
+        plan, sample_ids=np.concatenate([plan.sample_ids[part] for part in parts]),
+        lengths=np.concatenate([plan.lengths[part] for part in parts]),
+        pack_offsets=np.concatenate([[0], sizes.cumsum()]),
+        pack_tier=plan.pack_tier[packs], pack_step=np.zeros(len(packs), np.int32),
+        pack_slot=np.zeros(len(packs), np.int32), pack_rank0=plan.pack_rank0[packs],
+        num_micro_batches=np.ones(1, np.int32), schedule="lockstep",
+    )  # fmt: skip
+
+
+def _write(checked: Checked, out: Path, plan_path: Path) -> None:
+    plan = checked.plan
+    rows: list[dict[str, Any]] = [
+        {"tier": str(plan.tiers[plan.pack_tier[i]]), "tokens": int(plan.pack_tokens[i]),
+         "squares": int(plan.pack_squares[i]), "samples": int(plan.pack_offsets[i + 1] - plan.pack_offsets[i]),
+         "predicted": float(checked.predicted[i]), "measured": float(checked.measured[i])}
+        for i in range(plan.num_packs)
+    ]  # fmt: skip
+    target = out.with_name(f"{out.name.removesuffix('.json')}.check.json")
+    values = {"kind": KIND, "version": 1, "plan": str(plan_path), "plan_hash": plan.hash, "packs": rows}
+    write_json(values, target, "comparison", "--hbp-profile-out")

@@ -1,0 +1,164 @@
+"""Build and run: from a command line to a profile table, a fitted cost model and its errors."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from megatron_hbp.errors import DataError, HbpError, StopRequested
+from megatron_hbp.planning import cost_file, profile_table
+from megatron_hbp.planning.fit import ProfileFit, fit_profile
+from megatron_hbp.planning.profile_memory import predict
+from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable, Setting
+from megatron_hbp.profiling.options import ProfileOptions, implied_flags
+from megatron_hbp.training.main import fail, leave, platform_flags
+
+PROGRAM = "hbp profile"
+
+
+def main() -> None:
+    """Profile; a known error ends in one line and its exit code."""
+    try:
+        run(sys.argv[1:])
+    except HbpError as error:
+        fail(error, PROGRAM)
+
+
+def run(argv: list[str]) -> ProfileTable:
+    """Measure what the table lacks, fit, write both files. Collective over the world.
+
+    Raises:
+        HbpError: a mistake in flags, a table of another model or machine, a file that can't be written.
+        StopRequested: ranks wait for each other after one ran out of memory; the row is noted, start again to go on.
+    """
+    options = ProfileOptions.from_argv(argv)
+    # megatron.training reads sys.argv; later flags win, so the user's go last
+    sys.argv[1:] = platform_flags() + implied_flags(options) + argv
+    from megatron_hbp.profiling.session import build
+
+    session = build(options)
+    table = _fill(session, _begin(session))
+    fit = _fit(table, options) if dist.get_rank() == 0 else None
+    if options.check is not None:
+        from megatron_hbp.profiling.check import check_plan
+
+        check_plan(session, options.check, fit.cost if fit else None)
+    leave()
+    return table
+
+
+def _begin(session: Any) -> ProfileTable:
+    """The table as it is on disk, or an empty one; rank 0 reads, all get the same."""
+    options: ProfileOptions = session.options
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [_open(options, session)]
+        except HbpError as error:
+            result = [error]
+    dist.broadcast_object_list(result, src=0, group=session.control)
+    if isinstance(result[0], HbpError):
+        _fail_together(result[0])
+    return result[0]
+
+
+def _open(options: ProfileOptions, session: Any) -> ProfileTable:
+    table = ProfileTable(header=session.header, memory_limit=session.memory_limit)
+    if options.out.exists():
+        found = profile_table.load(options.out)
+        profile_table.check_header(found.header, session.header, options.out)
+        table = ProfileTable(header=found.header, rows=found.rows, memory_limit=session.memory_limit)
+    if options.failure_note.exists():
+        tokens, degree, recompute, shape = options.failure_note.read_text(encoding="utf-8").split()
+        failed: Any = Setting(tokens=int(tokens), cp_degree=int(degree), recompute=recompute, shape=shape)  # type: ignore[arg-type]
+        table = table.with_row(_refused(failed, "out of memory on one rank, the others were in an exchange"))
+    profile_table.save(table, options.out)  # a place that can't be written is told now, not after an hour
+    options.failure_note.unlink(missing_ok=True)
+    return table
+
+
+def _fill(session: Any, table: ProfileTable) -> ProfileTable:
+    """Run or refuse every setting that the table lacks; the file is whole after each row."""
+    from megatron_hbp.profiling.grid import settings
+    from megatron_hbp.profiling.measure import RanksStuckError, measure
+    from megatron_hbp.profiling.progress import Progress
+
+    options: ProfileOptions = session.options
+    args = session.args
+    degrees = options.degrees(session.num_ranks)
+    # tensor-parallel ranks cut the sequence under sequence parallelism
+    unit = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    every = settings(options.lengths, degrees, session.policies, unit=unit, most_local=options.most_local)
+    missing = [setting for setting in every if table.find(setting) is None]
+    if missing:
+        _warm_up(session, missing[0])
+    with Progress(every, missing, table.header.model, show=dist.get_rank() == 0) as progress:
+        for setting in missing:
+            refused = predict(table.rows, setting, session.memory_limit).refused
+            if refused:
+                row = _refused(setting, refused)
+            else:
+                try:
+                    row = measure(session, setting)
+                except RanksStuckError:
+                    _stop(options, setting)
+                except RuntimeError:
+                    if options.failure_note.exists():  # a rank out of memory has left; the launcher ends this one
+                        time.sleep(30)
+                        os._exit(StopRequested.exit_code)
+                    raise
+            table = table.with_row(row)
+            if dist.get_rank() == 0:
+                profile_table.save(table, options.out)
+            progress.advance(row)
+    return table
+
+
+def _warm_up(session: Any, setting: Setting) -> None:
+    """Threads, rotary tables and libraries are made at first use: they belong to no row."""
+    from megatron_hbp.profiling.packs import plan_of_one_pack
+
+    session.clear_gradients()
+    session.forward_backward(session.feed(plan_of_one_pack(setting.sample_lengths(), setting.tier, session.num_ranks)))
+
+
+def _refused(setting: Setting, why: str) -> ProfileRow:
+    return ProfileRow(
+        tokens=setting.tokens, cp_degree=setting.cp_degree, recompute=setting.recompute, shape=setting.shape,
+        squares=setting.squares, seconds=None, repeats=0, spread=0.0, peak_bytes=None, fits=False, why=why,
+    )  # fmt: skip
+
+
+def _stop(options: ProfileOptions, setting: Setting) -> NoReturn:
+    """Note what did not fit, and end all ranks: those in an exchange cannot be called back from it."""
+    note = f"{setting.tokens} {setting.cp_degree} {setting.recompute} {setting.shape}\n"
+    options.failure_note.write_text(note, encoding="utf-8")
+    error = StopRequested(
+        f"out of memory at {setting} while other ranks wait in an exchange; noted: run the same command again to go on"
+    )
+    fail(error, PROGRAM)
+
+
+def _fail_together(error: HbpError) -> NoReturn:
+    """A mistake that all ranks know of: one line, from rank 0, which leaves first."""
+    if dist.get_rank():
+        time.sleep(3)
+        os._exit(error.exit_code)
+    fail(error, PROGRAM)
+
+
+def _fit(table: ProfileTable, options: ProfileOptions) -> ProfileFit | None:
+    """Fit, write the cost model and print the errors; a table with too few rows is a table all the same."""
+    from megatron_hbp.report.profile_tables import print_fit
+
+    try:
+        fit = fit_profile(table, name=str(options.cost_file))
+    except DataError as error:
+        print(f"{PROGRAM}: no cost model: {error}", file=sys.stderr, flush=True)
+        return None
+    cost_file.save(fit.cost, options.cost_file)
+    print_fit(table, fit, Path(options.out), options.cost_file)
+    return fit

@@ -1,0 +1,225 @@
+"""One micro-batch on all ranks, timed and weighed; memory that runs out on one rank ends the row on all of them."""
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_hbp.planning.profile_table import ProfileRow, Setting
+from megatron_hbp.profiling.packs import plan_of_one_pack
+from megatron_hbp.profiling.session import Session
+from megatron_hbp.training.feed import Feed
+from megatron_hbp.training.forward import make_forward_step
+
+LEAST_REPEATS, MOST_REPEATS = 3, 10
+"""The paper times 3 to 10 iterations."""
+
+
+class DoesNotFitError(Exception):
+    """A rank ran out of memory and all ranks know."""
+
+
+class RanksStuckError(Exception):
+    """This rank ran out of memory in the middle of an exchange, the others wait for it there: start all anew."""
+
+
+def measure(session: Session, setting: Setting) -> ProfileRow:
+    """One row. Collective over the world. Raises RanksStuckError."""
+    row: dict[str, Any] = {"tokens": setting.tokens, "cp_degree": setting.cp_degree, "recompute": setting.recompute,
+                           "shape": setting.shape, "squares": setting.squares}  # fmt: skip
+    nothing: dict[str, Any] = {"seconds": None, "repeats": 0, "spread": 0.0, "peak_bytes": None, "saved_bytes": None}
+    feed = session.feed(plan_of_one_pack(setting.sample_lengths(), setting.tier, session.num_ranks))
+    try:
+        peak, saved = weigh(session, feed)
+        times = time_repeats(session, feed)
+    except DoesNotFitError:
+        return ProfileRow(**row, **nothing, fits=False, why="out of memory")
+    finally:
+        _release(session)
+    seconds, spread = gang_seconds(session, times, setting.cp_degree)
+    over = session.memory_limit is not None and peak > session.memory_limit
+    return ProfileRow(
+        **row, seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=int(peak),
+        saved_bytes=None if session.on_cuda else int(saved), fits=not over,
+        why=f"took {peak / 2**30:.2f} GiB, over the limit" if over else "",
+    )  # fmt: skip
+
+
+def weigh(session: Session, feed: Feed) -> tuple[float, float]:
+    """(peak, saved) bytes of the fullest rank; this is the warm-up too. Raises DoesNotFitError."""
+    session.clear_gradients()
+    with _out_of_memory(session) as state:
+        if session.on_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(session.device)
+            _run(session, feed)
+            torch.cuda.synchronize(session.device)
+            free, total = torch.cuda.mem_get_info(session.device)
+            outside = total - free - torch.cuda.memory_reserved(session.device)
+            state.peak = torch.cuda.max_memory_reserved(session.device) + outside
+        else:
+            state.peak, state.saved = allocated_peak(session, feed)
+    peak = agree(session, state.failed, state.peak)
+    return peak, agree(session, False, state.saved)
+
+
+def time_repeats(session: Session, feed: Feed, step: int = 0, repeats: int | None = None) -> list[float]:
+    """Seconds of this rank in each repeat: as many as fill the row's seconds. Raises DoesNotFitError."""
+    times: list[float] = []
+    wanted = repeats or MOST_REPEATS
+    while len(times) < wanted:
+        session.clear_gradients()
+        begun = time.perf_counter()
+        with _out_of_memory(session) as state:
+            times.append(_seconds(session, feed, step))
+        # Ranks start each repeat together: a rank that runs ahead would be timed with fewer neighbours.
+        slowest = agree(session, state.failed, time.perf_counter() - begun)
+        if repeats is None and len(times) == 1:
+            wanted = int(np.clip(session.options.seconds / slowest, LEAST_REPEATS, MOST_REPEATS))
+    return times
+
+
+def gang_seconds(session: Session, times: list[float], cp_degree: int) -> tuple[np.ndarray, float]:
+    """(median seconds of every gang [gangs], the largest spread of a rank): a gang takes what its slowest rank takes.
+
+    Collective over the world.
+    """
+    low, median, high = np.percentile(times, (25, 50, 75))
+    spread = agree(session, False, float((high - low) / median))
+    return gangs_by_rank(session, times).reshape(-1, cp_degree).max(axis=1), spread
+
+
+def gangs_by_rank(session: Session, times: list[float]) -> np.ndarray:
+    """Median seconds [data-parallel ranks] of the whole depth of the model. Collective over the world.
+
+    On CUDA the time from the first event to the last holds all pipeline stages; process CPU times of stages add up.
+    """
+    mine = (
+        parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
+        float(np.median(times)),
+    )  # fmt: skip
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine, group=session.control)
+    stages = np.zeros((session.header.layout["pipeline_parallel"], session.num_ranks))
+    for rank, stage, median in every:
+        stages[stage, rank] = max(stages[stage, rank], median)
+    return stages.max(axis=0) if session.on_cuda else stages.sum(axis=0)
+
+
+# ---------------------------------------------------------------- agreement
+
+
+def agree(session: Session, failed: bool, value: float = 0.0) -> float:
+    """The largest `value` of all ranks. Raises DoesNotFitError where any rank `failed`, on all ranks.
+
+    The one collective of a row outside the model: whichever call a rank is at, its next one meets the others' next.
+
+    Raises:
+        RanksStuckError: this rank failed and the others don't come: they wait for it in an exchange.
+    """
+    # double: bytes of a large device exceed what fp32 can count
+    flags = torch.tensor([float(failed), value], dtype=torch.float64)
+    work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=session.control, async_op=True)
+    assert work is not None
+    try:
+        if failed:
+            work.wait(timedelta(seconds=session.options.patience))
+        else:
+            work.wait()
+    except RuntimeError as error:
+        if failed:
+            raise RanksStuckError from error
+        raise
+    if flags[0]:
+        raise DoesNotFitError
+    return float(flags[1])
+
+
+@dataclass
+class _State:
+    failed: bool = False
+    peak: float = 0.0
+    saved: float = 0.0
+
+
+@contextlib.contextmanager
+def _out_of_memory(session: Session) -> Iterator[_State]:
+    """Catch what a device, torch's CPU allocator, numpy and Python raise when memory runs out."""
+    state = _State()
+    try:
+        yield state
+    except (torch.OutOfMemoryError, MemoryError):
+        state.failed = True
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "CUDA out of memory" not in str(error):
+            raise
+        state.failed = True
+    if state.failed:
+        _release(session)
+
+
+def _release(session: Session) -> None:
+    """Let go of what an interrupted forward or backward holds."""
+    gc.collect()
+    if session.on_cuda:
+        torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------- one run
+
+
+def _run(session: Session, feed: Feed, step: int = 0, forward_step: Any = None) -> None:
+    """Where tests make memory run out."""
+    session.forward_backward(feed, step, forward_step)
+
+
+def _seconds(session: Session, feed: Feed, step: int) -> float:
+    """Device seconds on CUDA, CPU seconds of this process and its threads elsewhere."""
+    if not session.on_cuda:
+        begun = time.process_time()
+        _run(session, feed, step)
+        return time.process_time() - begun
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(session.device)
+    start.record()
+    _run(session, feed, step)
+    end.record()
+    torch.cuda.synchronize(session.device)
+    return start.elapsed_time(end) / 1e3
+
+
+def allocated_peak(session: Session, feed: Feed, step: int = 0) -> tuple[float, float]:
+    """(highest sum of what torch's CPU allocator gave and took back, bytes saved for the backward) of one run."""
+    saved: list[float] = []
+
+    def forward_step(data_iterator: Any, model: Any) -> Any:
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = plain(data_iterator, model)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        saved.append(float(sum(size for pointer, size in storages.items() if pointer not in parameters)))
+        return result
+
+    plain = make_forward_step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        _run(session, feed, step, forward_step)
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return float(peak), sum(saved)

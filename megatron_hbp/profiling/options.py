@@ -1,0 +1,199 @@
+"""The flags of `hbp profile`, the Megatron-LM flags that they imply, and what of the model the cost formula needs."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.profile_table import ModelFacts
+from megatron_hbp.planning.types import Recompute
+from megatron_hbp.profiling.grid import parse_numbers, parse_policies
+from megatron_hbp.training.options import add_hbp_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron-LM's `extra_args_provider`: ours for training (kernel, exchange, bandwidths), and the profile's own."""
+    parser = add_hbp_arguments(parser)
+    group = parser.add_argument_group("hbp profile", "What to measure, and where the table goes.")
+    group.add_argument("--hbp-profile-lengths", default="4096,8192,16384,32768,65536", help="packing lengths, tokens")
+    group.add_argument("--hbp-profile-cp", help="CP degrees; left out, the powers of two that divide the ranks, to 8")
+    group.add_argument(
+        "--hbp-profile-recompute", help="policies as in tiers: none,full16,sel=core_attn; left out none, half, all"
+    )
+    group.add_argument("--hbp-profile-out", default="profile.json", help="profile table; FILE.cost.json lies beside it")
+    group.add_argument("--hbp-profile-memory", type=float, help="GiB that may be used; left out, all of a CUDA device")
+    group.add_argument("--hbp-profile-most-local", type=int, help="leave out settings with more tokens on a rank")
+    group.add_argument("--hbp-profile-seconds", type=float, default=1.0, help="seconds to repeat a row for (3-10 runs)")
+    group.add_argument("--hbp-profile-supervised", type=float, default=0.67, help="share of tokens with a loss")
+    group.add_argument(
+        "--hbp-profile-check", help="a plan: time its packs too, and compare with what the fit says of them"
+    )
+    group.add_argument(
+        "--hbp-profile-patience", type=float, default=60.0,
+        help="seconds a rank that is out of memory waits for the others before all are started anew",
+    )  # fmt: skip
+    return parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """The profile's own flags, read before Megatron-LM reads the whole line."""
+
+    lengths: tuple[int, ...]
+    cp_degrees: tuple[int, ...] | None
+    recompute: str | None
+    out: Path
+    memory: float | None
+    """Bytes."""
+    most_local: int | None
+    """Tokens on a rank beyond which nothing is run."""
+    seconds: float
+    supervised: float
+    check: Path | None
+    patience: float
+
+    @staticmethod
+    def from_argv(argv: list[str]) -> "ProfileOptions":
+        """Read `--hbp-profile-*` from a command line that has other flags too. Raises ConfigError."""
+        args, _ = add_arguments(_Parser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
+        for flag in ("plan", "store", "valid_plan", "valid_store", "metrics"):
+            if getattr(args, f"hbp_{flag}") is not None:
+                name = flag.replace("_", "-")
+                raise ConfigError(f"--hbp-{name} is for training: `hbp profile` makes its own data; leave it out")
+        if not 0 < args.hbp_profile_supervised <= 1:
+            raise ConfigError(f"--hbp-profile-supervised {args.hbp_profile_supervised}: a share above 0, at most 1")
+        if args.hbp_profile_seconds <= 0 or (args.hbp_profile_memory or 1) <= 0:
+            raise ConfigError("--hbp-profile-seconds and --hbp-profile-memory must be above 0")
+        return ProfileOptions(
+            lengths=parse_numbers(args.hbp_profile_lengths, "--hbp-profile-lengths"),
+            cp_degrees=parse_numbers(args.hbp_profile_cp, "--hbp-profile-cp") if args.hbp_profile_cp else None,
+            recompute=args.hbp_profile_recompute,
+            out=Path(args.hbp_profile_out),
+            memory=args.hbp_profile_memory * 2**30 if args.hbp_profile_memory else None,
+            most_local=args.hbp_profile_most_local,
+            seconds=args.hbp_profile_seconds,
+            supervised=args.hbp_profile_supervised,
+            check=Path(args.hbp_profile_check) if args.hbp_profile_check else None,
+            patience=args.hbp_profile_patience,
+        )
+
+    @property
+    def cost_file(self) -> Path:
+        """Where the fitted cost model goes."""
+        return self.out.with_name(f"{self.out.name.removesuffix('.json')}.cost.json")
+
+    @property
+    def failure_note(self) -> Path:
+        """Where a rank that ran out of memory while others wait for it leaves its setting."""
+        return self.out.with_name(f".{self.out.name}.out-of-memory")
+
+    def degrees(self, num_ranks: int) -> tuple[int, ...]:
+        """The CP degrees to run on so many data-parallel ranks. Raises ConfigError where one does not divide them."""
+        if self.cp_degrees is None:
+            return tuple(c for c in (1, 2, 4, 8) if num_ranks % c == 0)
+        for c in self.cp_degrees:
+            if num_ranks % c:
+                raise ConfigError(
+                    f"--hbp-profile-cp {c} does not divide the {num_ranks} data-parallel ranks of this run"
+                )
+        return self.cp_degrees
+
+    def policies(self, num_layers: int) -> tuple[Recompute, ...]:
+        """The recompute policies to run."""
+        return parse_policies(self.recompute, num_layers)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse would print its usage and leave with 2."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message}; see `hbp profile --help`")
+
+
+def implied_flags(options: ProfileOptions) -> list[str]:
+    """Megatron-LM flags that a profile implies; they go before the user's, so that the user's win."""
+    flags: dict[str, Any] = {
+        "--micro-batch-size": 1,
+        "--train-iters": 1_000_000,  # nothing is trained; learning-rate schedules want to be shorter than this
+        "--seq-length": max(options.lengths),
+        "--max-position-embeddings": max(options.lengths),
+        "--dataloader-type": "external",
+        "--position-embedding-type": "rope",
+        "--attention-dropout": 0,
+        "--hidden-dropout": 0,
+        "--eval-iters": 0,
+        "--lr": 1e-6,
+        "--logging-level": 30,  # warnings: the bar has the terminal
+        "--tokenizer-type": "NullTokenizer",
+    }
+    return [str(word) for pair in flags.items() for word in pair] + ["--calculate-per-token-loss"]
+
+
+def check_args(args: Any) -> None:
+    """Raise ConfigError where a flag does not go with a profile."""
+    refused = {
+        "--vocab-size": args.vocab_size is None and "is missing: give that of your tokenizer",
+        "--context-parallel-size": args.context_parallel_size > 1 and "cannot be used: give --hbp-profile-cp",
+        "--load": args.load is not None and "cannot be used: a profile trains nothing",
+        "--recompute-granularity": args.recompute_granularity is not None
+        and "cannot be used: give --hbp-profile-recompute",
+        "--cuda-graph-impl": args.cuda_graph_impl != "none" and "cannot be used: shapes change",
+        "--mtp-num-layers": args.mtp_num_layers and "cannot be used with packs of samples",
+        "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None
+        and "cannot be profiled: leave it out, times are those of the whole depth",
+        "--micro-batch-size": args.micro_batch_size != 1 and "must be 1: a micro-batch is a pack",
+    }
+    for flag, reason in refused.items():
+        if reason:
+            raise ConfigError(f"{flag} {reason}")
+
+
+def model_facts(args: Any, attention: Any, supervised: float) -> ModelFacts:
+    """FLOPs of the model by its GEMM weights; `attention` is the shape of the whole layer (all TP ranks together)."""
+    hidden, heads, layers = args.hidden_size, attention.num_query_heads, args.num_layers
+    if args.multi_latent_attention:
+        queries = heads * attention.qk_width
+        down = hidden * args.q_lora_rank + args.q_lora_rank * queries if args.q_lora_rank else hidden * queries
+        keys = heads * (attention.qk_width - attention.rope_width + attention.v_width)
+        project = down + hidden * (attention.kv_latent + attention.rope_width) + attention.kv_latent * keys
+    else:
+        project = hidden * (heads + 2 * attention.num_kv_heads) * attention.qk_width
+    project += heads * attention.v_width * hidden
+    matrices = 3 if args.swiglu else 2
+    sparse = _moe_layers(args)
+    expert = matrices * hidden * (
+        args.moe_router_topk * (args.moe_ffn_hidden_size or args.ffn_hidden_size)
+        + (args.moe_shared_expert_intermediate_size or 0)
+    ) + hidden * (args.num_experts or 0)  # fmt: skip
+    weights = layers * project + (layers - sparse) * matrices * hidden * args.ffn_hidden_size + sparse * expert
+    return ModelFacts(
+        num_layers=layers,
+        linear_flops=6.0 * (weights + hidden * args.padded_vocab_size * supervised),
+        attention_flops=float(heads * (attention.qk_width + attention.v_width) * layers),
+        attention=attention,
+    )
+
+
+def _moe_layers(args: Any) -> int:
+    if not args.num_experts:
+        return 0
+    pattern = args.moe_layer_freq
+    if isinstance(pattern, int):
+        return sum(layer % pattern == 0 for layer in range(args.num_layers))
+    return sum(pattern)
+
+
+def config_digest(config: Any, args: Any) -> str:
+    """SHA-256 (hex) of every plain value of Megatron-LM's model config, and the vocabulary; recompute left out."""
+    plain = (int, float, str, bool, type(None), list, tuple, dict)
+    values = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if isinstance(getattr(config, f.name, ...), plain) and not f.name.startswith("recompute_")
+    }
+    values["vocabulary"] = args.padded_vocab_size
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,74 @@
+"""A profile on the terminal: rows with their fit error, and packs of a plan that the fit never saw."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from megatron_hbp.planning.fit import ProfileFit, spearman
+from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.profile_table import ProfileTable
+from megatron_hbp.report.terminal import wide_console
+
+SHAPE_NAMES = {"one": "1", "few": "3", "many": "24"}
+
+
+def fit_table(table: ProfileTable, fit: ProfileFit) -> Table:
+    """A line a row: setting, measured, fitted, error; held-out rows are marked."""
+    lines = Table(title=f"{table.header.device}: {len(table.rows)} rows, dtype {table.header.dtype}")
+    for heading in ("tokens", "CP", "recompute", "samples", "measured ms", "fitted ms", "error", "", "peak MiB"):
+        lines.add_column(heading, justify="left" if heading in ("recompute", "") else "right")
+    errors = {each.row.setting: each for each in fit.errors}
+    for row in sorted(table.rows, key=lambda r: (r.tokens, r.cp_degree, r.recompute, r.squares)):
+        head = (f"{row.tokens:,}", str(row.cp_degree), row.recompute, SHAPE_NAMES[row.shape])
+        peak = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else ""
+        if row.setting in errors and row.seconds:
+            one = errors[row.setting]
+            seconds = (f"{row.seconds * 1e3:,.1f}", f"{one.predicted * 1e3:,.1f}", f"{one.error:+.1%}")
+            lines.add_row(*head, *seconds, "held out" if one.held_out else "", peak)
+        else:
+            lines.add_row(*head, "", "", "", row.why, peak)
+    return lines
+
+
+def fit_lines(fit: ProfileFit) -> list[str]:
+    """The fit's errors in two lines."""
+    return [
+        f"{name}: {sum(e.held_out == held for e in fit.errors)} rows, median error "
+        f"{fit.median_error(held_out=held):.1%}, worst "
+        f"{max((abs(e.error) for e in fit.errors if e.held_out == held), default=float('nan')):.1%}"
+        for name, held in (("fitted", False), ("held out", True))
+    ]
+
+
+def print_fit(table: ProfileTable, fit: ProfileFit, out: Path, cost_file: Path) -> None:
+    """All of it, and where the files are."""
+    console = wide_console()
+    console.print(fit_table(table, fit))
+    for line in fit_lines(fit):
+        console.print(line, highlight=False)
+    console.print(f"profile table written to {out}, cost model to {cost_file}", soft_wrap=True, highlight=False)
+    console.print(f"plan with it: hbp plan --cost {cost_file} ...", soft_wrap=True, highlight=False)
+
+
+def check_table(plan: Plan, predicted: np.ndarray, measured: np.ndarray) -> Table:
+    """Predicted against measured seconds [packs], a line a tier."""
+    lines = Table(title="Packs of a plan that the fit never saw")
+    for heading in ("tier", "packs", "measured ms, least to most", "rank correlation", "median error", "worst"):
+        lines.add_column(heading, justify="right" if heading != "tier" else "left")
+    for index, tier in enumerate(plan.tiers):
+        packs = plan.pack_tier == index
+        if not packs.any():
+            continue
+        error = np.abs(predicted[packs] / measured[packs] - 1)
+        low, high = measured[packs].min() * 1e3, measured[packs].max() * 1e3
+        lines.add_row(
+            str(tier), f"{packs.sum():,}", f"{low:,.0f} to {high:,.0f}",
+            f"{spearman(predicted[packs], measured[packs]):.3f}", f"{np.median(error):.1%}", f"{error.max():.1%}",
+        )  # fmt: skip
+    return lines
+
+
+def print_check(plan: Plan, predicted: np.ndarray, measured: np.ndarray) -> None:
+    """The comparison on the terminal."""
+    wide_console().print(check_table(plan, predicted, measured))

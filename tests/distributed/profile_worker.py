@@ -1,0 +1,28 @@
+"""`hbp profile` on two ranks, with memory running out on rank 1 for one row: once alone, once amid an exchange."""
+
+import os
+
+import torch
+
+from megatron_hbp.profiling import main
+
+
+def break_one_row() -> None:
+    """Raise in forward and backward of the row that HBP_TEST_BREAKS names, on rank 1 only."""
+    main.platform_flags()  # before anything of Megatron-LM is imported
+    from megatron_hbp.profiling import measure
+
+    plain = measure._run
+
+    def run(session, feed, *args):
+        tier = feed.plan.tiers[0]
+        if str(tier) == os.environ.get("HBP_TEST_BREAKS") and os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("out of memory, on purpose")
+        plain(session, feed, *args)
+
+    measure._run = run
+
+
+if __name__ == "__main__":
+    break_one_row()
+    main.main()
