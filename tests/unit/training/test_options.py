@@ -189,7 +189,7 @@ def test_the_users_flags_go_last(files, monkeypatch):
 
     user = ["--hbp-plan", str(files.plan()), "--hbp-store", str(files.store()), "--train-iters", "1"]
     monkeypatch.setattr("megatron.training.arguments.parse_and_validate_args", parse)
-    monkeypatch.setattr(main, "_platform_flags", lambda: ["--distributed-backend", "gloo"])
+    monkeypatch.setattr(main, "platform_flags", lambda: ["--distributed-backend", "gloo"])
     monkeypatch.setattr("sys.argv", ["pretrain_hbp.py", *user])
     with pytest.raises(ArgumentsAreReadHere):
         main.run(user)
