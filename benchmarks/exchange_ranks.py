@@ -21,7 +21,6 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megatron_hbp.data.store import TokenStore  # noqa: E402
-from megatron_hbp.errors import ConfigError  # noqa: E402
 from megatron_hbp.model import context as micro_batch_context  # noqa: E402
 from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
@@ -94,12 +93,9 @@ def count_bytes(shapes: dict[str, AttentionShape], degrees: list[int]) -> list[d
 
 
 def _counted(chunks: list, batch: MicroBatch) -> dict[str, Any]:
-    """Forward and backward by their own; an exchange that this build does not have is left empty."""
-    try:
-        with counted(NODE_SIZE) as there:
-            loss = forward(chunks, batch)
-    except (KeyError, ConfigError) as error:
-        return {"missing": str(error)}
+    """Forward and backward by their own."""
+    with counted(NODE_SIZE) as there:
+        loss = forward(chunks, batch)
     with counted(NODE_SIZE) as back:
         loss.backward()
     chunks[0].zero_grad_buffer()
@@ -139,10 +135,7 @@ def _timed(name: str, shape: AttentionShape, cp_degree: int, chunks: list, group
         for exchange, batch in batches.items():
             dist.barrier()
             started = time.perf_counter()
-            try:
-                forward(chunks, batch).backward()
-            except (KeyError, ConfigError):
-                continue
+            forward(chunks, batch).backward()
             dist.barrier()  # the slowest rank's time
             seconds[exchange].append(time.perf_counter() - started)
             chunks[0].zero_grad_buffer()
