@@ -15,6 +15,8 @@ from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable
 from megatron_hbp.planning.types import parse_tiers
 from tests.launching import ROOT
 
+pytestmark = pytest.mark.slow  # three starts, 45 s of the twelve minutes that make test may take
+
 MODEL = shlex.split("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --normalization RMSNorm --vocab-size 96")
 GRID = shlex.split(
     "--hbp-profile-lengths=128,256 --hbp-profile-cp=1,2 --hbp-profile-recompute=none,full2 --hbp-profile-seconds=0.01"
