@@ -66,7 +66,11 @@ def settle(args: Any, transformer: Any, options: HbpOptions) -> tuple[list[tuple
         if part is None:
             continue
         tiers, lines = settle_tiers(
-            part.plan, shape, machine_of(args), exchange=args.hbp_exchange, kernel=args.hbp_kernel
+            part.plan,
+            shape,
+            machine_of(args) if device.type == "cuda" else None,
+            exchange=args.hbp_exchange,
+            kernel=args.hbp_kernel,
         )
         for tier in tiers:
             kernels.choose(tier.kernel, device, args.params_dtype)
@@ -76,14 +80,15 @@ def settle(args: Any, transformer: Any, options: HbpOptions) -> tuple[list[tuple
 
 
 def settle_tiers(
-    plan: Plan, shape: AttentionShape, machine: Machine, *, exchange: Exchange | None, kernel: Kernel | None
+    plan: Plan, shape: AttentionShape, machine: Machine | None, *, exchange: Exchange | None, kernel: Kernel | None
 ) -> tuple[tuple[Tier, ...], list[str]]:
     """The plan's tiers without an `auto` exchange, and a line for the log for each tier that exchanges.
 
     Args:
         plan: the schedule; its packs say how long the samples of a tier are.
         shape: attention on one tensor-parallel rank.
-        machine: what exchanges are priced with.
+        machine: what exchanges are priced with; None without CUDA, where prices of GPUs would mislead: the first that
+            can be used is taken (the ring's plain-torch blocks made the demo's MLA model three times as slow).
         exchange: overrides that of all tiers.
         kernel: overrides that of all tiers.
 
@@ -96,7 +101,11 @@ def settle_tiers(
         if tier.cp_degree == 1:
             tiers.append(replace(tier, exchange="a2a", layout=AUTO))
             continue
-        if tier.exchange == AUTO:
+        if tier.exchange == AUTO and machine is None:
+            tier = replace(tier, exchange=next(e for e in EXCHANGES if not refusal(e, shape, tier.cp_degree)))
+            reason = f"{tier.exchange} (no CUDA device to price others for)"
+        elif tier.exchange == AUTO:
+            assert machine is not None
             chosen, reason = _cheapest(tier, plan.pack_squares[plan.pack_tier == index], shape, machine)
             tier = replace(tier, exchange=chosen)
         elif refused := refusal(tier.exchange, shape, tier.cp_degree):

@@ -51,6 +51,11 @@ def test_an_exchange_that_cannot_be_is_refused_with_those_that_can():
     assert "no latent attention" in str(refused.value) and "a2a, all_gather, p2p" in str(refused.value)
 
 
+def test_without_a_device_the_first_that_can_be_used_is_taken():
+    tiers, lines = settle_tiers(plan_with(), DEEPSEEK_V2, None, exchange=None, kernel=None)
+    assert [tier.exchange for tier in tiers] == ["a2a"] * 3 and all("no CUDA device" in line for line in lines)
+
+
 def test_zigzag_that_does_not_divide_is_not_chosen():
     tiers = [Tier(packing_length=64), Tier(packing_length=126, cp_degree=2)]
     plan = plan_of([(0, 0, 0, 1, [0])], tiers=tiers, lengths=np.array([100]), num_ranks=2)
