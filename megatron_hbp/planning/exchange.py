@@ -141,11 +141,10 @@ def price(
     tokens: int,
     squares: float,
     machine: Machine,
-    element_size: int = 2,
 ) -> Price:
-    """Price of `exchange` for a pack of `tokens` whose samples' squared lengths sum to `squares`."""
+    """Price of `exchange`, in bf16, for a pack of `tokens` whose samples' squared lengths sum to `squares`."""
     c, local = cp_degree, tokens / cp_degree
-    forward_bytes = elements(exchange, shape, c) * element_size * local
+    forward_bytes = 2 * elements(exchange, shape, c) * local
     transfer = forward_bytes * (1 + backward_bytes(exchange)) / machine.bandwidth(c)
     # up-projected in the forward and once more in the backward, whose two GEMMs come on top
     extra = 4 * extra_flops(exchange, shape, c) * local / machine.linear_rate
@@ -177,9 +176,7 @@ class Choice:
         return f"{self.exchange} (exposed a layer: {found}{dropped})"
 
 
-def choose(
-    shape: AttentionShape, *, cp_degree: int, tokens: int, squares: float, machine: Machine, element_size: int = 2
-) -> Choice:
+def choose(shape: AttentionShape, *, cp_degree: int, tokens: int, squares: float, machine: Machine) -> Choice:
     """The exchange with the fewest modelled seconds for such packs (see `price`); of equals the first of `EXCHANGES`.
 
     `all_gather` and `p2p` can always be used.
@@ -189,17 +186,7 @@ def choose(
         if why := refusal(exchange, shape, cp_degree):
             refused.append((exchange, why))
             continue
-        prices.append(
-            price(
-                exchange,
-                shape,
-                cp_degree=cp_degree,
-                tokens=tokens,
-                squares=squares,
-                machine=machine,
-                element_size=element_size,
-            )
-        )
+        prices.append(price(exchange, shape, cp_degree=cp_degree, tokens=tokens, squares=squares, machine=machine))
     prices.sort(key=lambda p: p.seconds)
     # MLA's exchanges on a model without it are no news
     told = tuple((name, why) for name, why in refused if shape.kv_latent or "MLA" not in why)

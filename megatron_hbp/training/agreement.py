@@ -69,15 +69,14 @@ def _gang(plan: Plan, pack: int) -> range:
     return range(first, first + int(plan.pack_cp[pack]))
 
 
-def check_agreement(feed: Feed, tiers: Sequence[Tier], dp_group: dist.ProcessGroup) -> None:
-    """Raise PlanError on every rank unless all have one plan and one set of tiers, and all gangs meet.
+def check_same_plans(plans: Sequence[Plan], tiers: Sequence[Sequence[Tier]]) -> None:
+    """Raise PlanError on every rank unless all have the same plans and tiers.
 
-    Collective over the world, before any group of a gang is used.
+    Collective over the world, before any group of a gang is made: `new_group` with other members hangs.
     """
-    plan = feed.plan
     mine = {
-        "plan": plan.hash,
-        "tiers with their exchanges": _digest(",".join(map(str, tiers)).encode()),
+        "plan": "+".join(plan.hash for plan in plans),
+        "tiers with their exchanges": _digest(";".join(",".join(map(str, each)) for each in tiers).encode()),
     }
     every: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(every, mine)
@@ -88,6 +87,14 @@ def check_agreement(feed: Feed, tiers: Sequence[Tier], dp_group: dist.ProcessGro
                 f"ranks disagree on the {what}: rank 0 has {every[0][what][:12]}, rank {other} has "
                 f"{every[other][what][:12]}; give all ranks the same files and flags"
             )
+
+
+def check_orders(feed: Feed, dp_group: dist.ProcessGroup) -> None:
+    """Raise PlanError on every rank unless each walks its feed as the plan says and all gangs meet.
+
+    Collective over `dp_group`, before the first micro-batch of the feed.
+    """
+    plan = feed.plan
     orders = planned_orders(plan)
     walked: list[str] = [""] * dist.get_world_size(dp_group)
     dist.all_gather_object(walked, _digest(order_of(feed).tobytes()), group=dp_group)

@@ -10,7 +10,7 @@ from megatron.training import get_args
 
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.types import Tier
-from megatron_hbp.training.agreement import check_agreement
+from megatron_hbp.training.agreement import check_orders, check_same_plans
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.options import HbpOptions
 
@@ -25,10 +25,11 @@ def feeds_provider(options: HbpOptions, tiers: Sequence[Sequence[Tier]]) -> Prov
         args = get_args()
         data = [part for part in (options.train, options.valid) if part is not None]
         if not groups:  # called once a virtual pipeline stage; the groups are made once
+            check_same_plans([part.plan for part in data], tiers)
             groups.append(_make_groups({tier.cp_degree for part in data for tier in part.plan.tiers}))
         node_ranks = _ranks_of_node() if not vp_stage else []
         device = torch.device(torch.cuda.current_device())
-        feeds: list[Feed | None] = []
+        feeds: list[Feed] = []
         for part, settled in zip(data, tiers, strict=True):
             feeds.append(
                 Feed(
@@ -47,11 +48,10 @@ def feeds_provider(options: HbpOptions, tiers: Sequence[Sequence[Tier]]) -> Prov
                     node_ranks=node_ranks,
                 )
             )
-        train, valid = [*feeds, None][:2]
-        assert train is not None
         if not vp_stage:
-            check_agreement(train, train.tiers, parallel_state.get_data_parallel_group())
-        return train, valid, None
+            for feed in feeds:
+                check_orders(feed, parallel_state.get_data_parallel_group())
+        return feeds[0], feeds[1] if options.valid is not None else None, None
 
     provider.is_distributed = True  # type: ignore[attr-defined]
     return provider

@@ -31,7 +31,7 @@ from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.planning.plan import Plan  # noqa: E402
 from megatron_hbp.planning.types import Tier  # noqa: E402
 from megatron_hbp.training import batch, feed  # noqa: E402
-from megatron_hbp.training.agreement import check_agreement  # noqa: E402
+from megatron_hbp.training.agreement import check_orders, check_same_plans  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
 from tests.equivalence.stepping import Packs, Stepper, alone, groups_of, laid_out, named_gradients, worst  # noqa: E402
@@ -215,7 +215,8 @@ def _answer(name: str, store: MemoryStore, groups: Any) -> str:
     if here and name in walks:
         rank_feed.slots = walks[name]  # type: ignore[method-assign]
     try:
-        check_agreement(rank_feed, TIERS, parallel_state.get_data_parallel_group())
+        check_same_plans([rank_feed.plan], [TIERS])
+        check_orders(rank_feed, parallel_state.get_data_parallel_group())
     except PlanError as refused:
         return str(refused)
     return ""
