@@ -27,7 +27,7 @@ def main() -> None:
 
     session = build(options)
     for length in (256 * int(cp_degree), int(tokens)):
-        setting = Setting(tokens=length, cp_degree=int(cp_degree), recompute=recompute, shape="few")
+        setting = Setting(tokens=length, cp_degree=int(cp_degree), recompute=recompute, shape="many")
         feed = session.feed(plan_of_one_pack(setting.sample_lengths(), setting.tier, session.num_ranks))
         session.clear_gradients()
         Path("/proc/self/clear_refs").write_text("5")

@@ -31,12 +31,16 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segme
     copies = q.shape[1] // k.shape[1]
     if copies > 1:
         k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, h, t, d]
-    pieces = [
-        _causal(q[:, :, a:b], k[:, :, i:j], v[:, :, i:j], scale)
-        for (a, b), (i, j) in zip(pairwise(segments.q), pairwise(segments.k), strict=True)
-    ]
-    return torch.cat(pieces, dim=2)[0].transpose(0, 1)[..., :width]
+    # split, not sliced: the backward of a slice fills and adds a tensor as long as the pack, for every piece
+    sizes_q, sizes_k = ([b - a for a, b in pairwise(bounds)] for bounds in (segments.q, segments.k))
+    pieces = zip(_split(q, sizes_q), _split(k, sizes_k), _split(v, sizes_k), strict=True)
+    out = [_causal(one_q, one_k, one_v, scale) for one_q, one_k, one_v in pieces]
+    return torch.cat(out, dim=2)[0].transpose(0, 1)[..., :width]
+
+
+def _split(x: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+    """[t, h, d] -> pieces [1, h, n, d]."""
+    return x.transpose(0, 1)[None].split(sizes, dim=2)
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

@@ -7,9 +7,9 @@ micro-batch weighs nothing.
 
 Logits are large: 16K tokens x 128K words in fp32 are 8.4 GB. So they are computed for supervised positions only, which
 are first dealt evenly over the CP ranks (a document's supervised part lies in its last slices), and in chunks, of which
-one at a time stands in memory, in the forward and again in the backward. The loss keeps the dtype of fp64 and fp32
-logits; fp16 and bf16 are computed in fp32 (Megatron-LM's own cross-entropy casts fp64 to fp32, which hides 6e-8 from
-an exactness test).
+one at a time stands in memory: all but the last are computed again in the backward. The loss keeps the dtype of fp64
+and fp32 logits; fp16 and bf16 are computed in fp32 (Megatron-LM's own cross-entropy casts fp64 to fp32, which hides
+6e-8 from an exactness test).
 
 Legend: `s` local tokens, `r` supervised ones of them, `q` those whose loss is computed here, `v` words of the
 vocabulary on this tensor-parallel rank, `h` hidden width.
@@ -66,18 +66,12 @@ def supervised_token_losses(
             logits, _ = output_layer(rows[:, None], weight=output_weight)
             return cross_entropy(scale_logits(logits).squeeze(1), labels)
 
-        if rows.shape[0] <= CHUNK_ROWS or not torch.is_grad_enabled():
-            return torch.cat([losses_of(*chunk) for chunk in _chunks(rows, context.labels)])
-        return torch.cat(
-            [
-                checkpoint(losses_of, *chunk, use_reentrant=False, preserve_rng_state=False)
-                for chunk in _chunks(rows, context.labels)
-            ]
-        )
-
-
-def _chunks(rows: torch.Tensor, labels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(zip(rows.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True))
+        chunks = list(zip(rows.split(CHUNK_ROWS), context.labels.split(CHUNK_ROWS), strict=True))
+        if not torch.is_grad_enabled():
+            return torch.cat([losses_of(*chunk) for chunk in chunks])
+        # the backward begins with the last chunk: its logits are kept, there are no others yet
+        losses = [checkpoint(losses_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks[:-1]]
+        return torch.cat([*losses, losses_of(*chunks[-1])])
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """What `hbp profile` measured: one row a (packing length, CP degree, recompute, shape of pack), as versioned JSON.
 
 Seconds are those of the forward and backward of one micro-batch over the whole depth of the model: device time on CUDA,
-process CPU time on CPU; the slowest rank's, the median of the repeats. Bytes are those of the fullest rank: on CUDA
-what the allocator reserves plus what lies outside it (communicators, context), on CPU what torch's allocator holds at
-its highest above what stood before (weights, gradients and optimizer are not in it).
+process CPU time on CPU, at the speed of the yardstick; the slowest rank's, the median of the repeats. Bytes are those
+of the fullest rank: on CUDA what the allocator reserves plus what lies outside it (communicators, context), on CPU what
+torch's allocator holds at its highest above what stood before (weights, gradients and optimizer are not in it).
 """
 
 import json
@@ -21,12 +21,12 @@ from megatron_hbp.planning.exchange import AttentionShape, Exchange
 from megatron_hbp.planning.types import Recompute, Tier, parse_tiers
 
 KIND = "hbp profile table"
-VERSION = 1
+VERSION = 2
 
-Shape = Literal["one", "few", "many"]
-SHAPES: dict[Shape, int] = {"one": 1, "few": 3, "many": 24}
+Shape = Literal["one", "many"]
+SHAPES: dict[Shape, int] = {"one": 1, "many": 8}
 """Shape of a pack -> its samples: one as long as the pack, or uneven ones that fill it. Tokens and squares come apart
-only over several shapes."""
+only over both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ class ProfileRow:
     spread: float
     """Interquartile range of the repeats over their median, on the rank that spreads most."""
     peak_bytes: int | None
+    """None where it did not fit, and on CPU for packs of many samples."""
     saved_bytes: int | None = None
     """What autograd holds between forward and backward (CPU only)."""
     fits: bool
@@ -140,6 +141,8 @@ class ProfileTable:
     rows: tuple[ProfileRow, ...] = ()
     memory_limit: float | None = field(default=None)
     """Bytes that `peak_bytes` may reach; None: unlimited."""
+    yardstick: float | None = None
+    """On CPU the seconds of the yardstick (profiling/yardstick.py) at the speed that all rows are converted to."""
 
     def find(self, setting: Setting) -> ProfileRow | None:
         """The row of this setting."""
@@ -175,7 +178,7 @@ def load(path: Path) -> ProfileTable:
         limit = values["memory_limit"]
         return ProfileTable(
             header=ProfileHeader(model=ModelFacts(attention=attention, **model), **header), rows=rows,
-            memory_limit=None if limit is None else float(limit),
+            memory_limit=None if limit is None else float(limit), yardstick=values["yardstick"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ConfigError(f"profile table {path} is damaged ({error}); delete it and profile again") from error

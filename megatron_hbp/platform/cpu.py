@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_hbp.platform.malloc import keep_freed_memory
+
 
 class Patch(NamedTuple):
     """One named change to torch or Megatron-LM, and the reason for it."""
@@ -54,6 +56,7 @@ def apply() -> None:
     if _applied:
         return
     _applied = True
+    keep_freed_memory()
     for patch_ in PATCHES:
         patch_.apply()
 

@@ -16,7 +16,7 @@ from megatron_hbp.planning.profile_table import write_json
 from megatron_hbp.profiling.measure import DoesNotFitError, gangs_by_rank, time_repeats
 from megatron_hbp.profiling.session import Session
 
-REPEATS = 3
+REPEATS = 7
 KIND = "hbp profile check"
 
 
@@ -44,19 +44,22 @@ def check_plan(session: Session, path: Path, cost: CostModel | None) -> Checked 
     missing = sorted({tier.cp_degree for tier in plan.tiers} - {1} - set(session.groups.by_degree))
     if missing:
         raise PlanError(f"--hbp-profile-check {path} has CP degree {missing[0]}: add it to --hbp-profile-cp")
-    measured = np.zeros(plan.num_packs)
-    for step in range(plan.num_steps):
-        for slot in range(int(plan.num_micro_batches[step])):
-            one = _slot(plan, step, slot)
-            feed = session.feed(one)
+    slots = [(step, slot) for step in range(plan.num_steps) for slot in range(int(plan.num_micro_batches[step]))]
+    times: dict[tuple[int, int], list[float]] = {at: [] for at in slots}
+    for turn in range(REPEATS + 1):  # all slots in turn: repeats in a row would share the machine's mood
+        for at in slots:
             try:
-                times = time_repeats(session, feed, repeats=REPEATS + 1)[1:]  # the first one warms up
+                (seconds,) = time_repeats(session, session.feed(_slot(plan, *at)), repeats=1)
             except DoesNotFitError as error:
-                raise PlanError(f"--hbp-profile-check {path}: step {step}, slot {slot} does not fit") from error
-            ranks = gangs_by_rank(session, times)
-            for pack in np.flatnonzero((plan.pack_step == step) & (plan.pack_slot == slot)):
-                first = int(plan.pack_rank0[pack])
-                measured[pack] = ranks[first : first + int(plan.pack_cp[pack])].max()
+                raise PlanError(f"--hbp-profile-check {path}: step {at[0]}, slot {at[1]} does not fit") from error
+            if turn:  # the first one warms up
+                times[at].append(seconds)
+    measured = np.zeros(plan.num_packs)
+    for step, slot in slots:
+        ranks = gangs_by_rank(session, times[step, slot])
+        for pack in np.flatnonzero((plan.pack_step == step) & (plan.pack_slot == slot)):
+            first = int(plan.pack_rank0[pack])
+            measured[pack] = ranks[first : first + int(plan.pack_cp[pack])].max()
     if cost is None or dist.get_rank():
         return None
     predicted = cost.pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)

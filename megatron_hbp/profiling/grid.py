@@ -1,9 +1,10 @@
 """Which rows to run, and in which order: what needs least memory first, so that what cannot fit is seen coming."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.profile_table import Setting, Shape
+from megatron_hbp.planning.profile_table import SHAPES, Setting
 from megatron_hbp.planning.types import Recompute, parse_tiers
 
 LEAST_LOCAL_TOKENS = 64
@@ -51,9 +52,9 @@ def settings(
 ) -> tuple[Setting, ...]:
     """Every setting that can be run, by memory: local tokens first, then what recomputes most.
 
-    Each (length, degree, policy) is run with one sample as long as the pack. The other shapes of pack, which tell the
-    cost of tokens from that of squares, are run with the policy that recomputes least, and with full recompute of the
-    most layers: the attention that other policies run again is in between. `unit`: local tokens come in multiples;
+    Each (length, degree, policy) is run with one sample as long as the pack. Packs of many samples, which tell the cost
+    of tokens from that of squares, are run with the policy that recomputes least, and with the one that recomputes
+    most: the attention that other policies run again is in between. `unit`: local tokens come in multiples;
     `most_local`: settings with more tokens on a rank are left out.
 
     Raises:
@@ -68,7 +69,8 @@ def settings(
         # twice the unit: mirrored slices
         if tokens % (2 * c * unit if c > 1 else unit) == 0 and LEAST_LOCAL_TOKENS <= tokens // c <= most
         for policy in policies
-        for shape in _shapes(policy in shaped, policy.granularity is None)
+        for shape in SHAPES
+        if shape == "one" or policy in shaped
     ]
     if not found:
         raise ConfigError(
@@ -76,13 +78,12 @@ def settings(
             f"{','.join(map(str, cp_degrees))} into at least {LEAST_LOCAL_TOKENS} tokens on a rank, in multiples of "
             f"{2 * unit}{f', at most {most_local}' if most_local else ''}: give other lengths, best powers of two"
         )
-    return tuple(sorted(found, key=lambda s: (s.local_tokens, s.tokens, -_recomputed(s.policy), s.recompute, s.shape)))
+    return tuple(sorted(found, key=_memory_order))
 
 
-def _shapes(is_shaped: bool, keeps_all: bool) -> tuple[Shape, ...]:
-    if not is_shaped:
-        return ("one",)
-    return ("one", "few", "many") if keeps_all else ("one", "many")
+def _memory_order(s: Setting) -> tuple[Any, ...]:
+    """What needs least first; of one setting the single sample before many."""
+    return s.local_tokens, s.tokens, -_recomputed(s.policy), s.recompute, -s.squares
 
 
 def _recomputed(policy: Recompute) -> float:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,15 +63,19 @@ def _begin(session: Any) -> ProfileTable:
     dist.broadcast_object_list(result, src=0, group=session.control)
     if isinstance(result[0], HbpError):
         _fail_together(result[0])
-    return result[0]
+    table: ProfileTable = result[0]
+    if session.yardstick is not None:
+        session.yardstick.reference = table.yardstick
+    return table
 
 
 def _open(options: ProfileOptions, session: Any) -> ProfileTable:
-    table = ProfileTable(header=session.header, memory_limit=session.memory_limit)
+    speed = session.yardstick.reference if session.yardstick is not None else None
+    table = ProfileTable(header=session.header, memory_limit=session.memory_limit, yardstick=speed)
     if options.out.exists():
         found = profile_table.load(options.out)
         profile_table.check_header(found.header, session.header, options.out)
-        table = ProfileTable(header=found.header, rows=found.rows, memory_limit=session.memory_limit)
+        table = replace(found, memory_limit=session.memory_limit)
     if options.failure_note.exists():
         tokens, degree, recompute, shape = options.failure_note.read_text(encoding="utf-8").split()
         failed: Any = Setting(tokens=int(tokens), cp_degree=int(degree), recompute=recompute, shape=shape)  # type: ignore[arg-type]

@@ -37,24 +37,29 @@ def measure(session: Session, setting: Setting) -> ProfileRow:
                            "shape": setting.shape, "squares": setting.squares}  # fmt: skip
     nothing: dict[str, Any] = {"seconds": None, "repeats": 0, "spread": 0.0, "peak_bytes": None, "saved_bytes": None}
     feed = session.feed(plan_of_one_pack(setting.sample_lengths(), setting.tier, session.num_ranks))
+    # weighing on CPU takes torch's profiler, two to three runs' time; several samples hold what one of their sum holds
+    is_weighed = session.on_cuda or setting.shape == "one"
+    peak = saved = None
     try:
-        peak, saved = weigh(session, feed)
+        if is_weighed:
+            peak, saved = weigh(session, feed)
+        else:
+            time_repeats(session, feed, repeats=1)  # warm-up
         times = time_repeats(session, feed)
     except DoesNotFitError:
         return ProfileRow(**row, **nothing, fits=False, why="out of memory")
     finally:
         _release(session)
     seconds, spread = gang_seconds(session, times, setting.cp_degree)
-    over = session.memory_limit is not None and peak > session.memory_limit
+    over = session.memory_limit is not None and peak is not None and peak > session.memory_limit
     return ProfileRow(
-        **row, seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=int(peak),
-        saved_bytes=None if session.on_cuda else int(saved), fits=not over,
-        why=f"took {peak / 2**30:.2f} GiB, over the limit" if over else "",
+        **row, seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=peak,
+        saved_bytes=saved, fits=not over, why=f"took {(peak or 0) / 2**30:.2f} GiB, over the limit" if over else "",
     )  # fmt: skip
 
 
-def weigh(session: Session, feed: Feed) -> tuple[float, float]:
-    """(peak, saved) bytes of the fullest rank; this is the warm-up too. Raises DoesNotFitError."""
+def weigh(session: Session, feed: Feed) -> tuple[int, int | None]:
+    """(peak, saved) bytes of the fullest rank, saved on CPU alone; this is the warm-up too. Raises DoesNotFitError."""
     session.clear_gradients()
     with _out_of_memory(session) as state:
         if session.on_cuda:
@@ -68,7 +73,8 @@ def weigh(session: Session, feed: Feed) -> tuple[float, float]:
         else:
             state.peak, state.saved = allocated_peak(session, feed)
     peak = agree(session, state.failed, state.peak)
-    return peak, agree(session, False, state.saved)
+    saved = agree(session, False, state.saved)
+    return int(peak), None if session.on_cuda else int(saved)
 
 
 def time_repeats(session: Session, feed: Feed, step: int = 0, repeats: int | None = None) -> list[float]:
@@ -182,11 +188,12 @@ def _run(session: Session, feed: Feed, step: int = 0, forward_step: Any = None) 
 
 
 def _seconds(session: Session, feed: Feed, step: int) -> float:
-    """Device seconds on CUDA, CPU seconds of this process and its threads elsewhere."""
-    if not session.on_cuda:
-        begun = time.process_time()
+    """Device seconds on CUDA; elsewhere CPU seconds of this process and its threads, at the yardstick's speed."""
+    if session.yardstick is not None:
+        before, begun = session.yardstick.read(), time.process_time()
         _run(session, feed, step)
-        return time.process_time() - begun
+        spent = time.process_time() - begun
+        return session.yardstick.corrected(spent, before, session.yardstick.read())
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(session.device)
     start.record()

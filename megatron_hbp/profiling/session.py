@@ -33,6 +33,7 @@ from megatron_hbp.planning.profile_table import ProfileHeader
 from megatron_hbp.planning.types import Recompute
 from megatron_hbp.profiling.options import ProfileOptions, add_arguments, check_args, config_digest, model_facts
 from megatron_hbp.profiling.packs import SyntheticStore
+from megatron_hbp.profiling.yardstick import Yardstick
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.forward import make_forward_step
 from megatron_hbp.training.hooks import pipeline_arguments
@@ -57,6 +58,8 @@ class Session:
     header: ProfileHeader
     memory_limit: float | None
     """Bytes, the least of all ranks."""
+    yardstick: Yardstick | None
+    """None on CUDA."""
 
     @property
     def num_ranks(self) -> int:
@@ -156,7 +159,7 @@ def build(options: ProfileOptions) -> Session:
     return Session(
         args=args, options=options, model=chunks, optimizer=optimizer, groups=groups, control=control, device=device,
         switch=switch, header=_header(args, model.transformer, options, device, degrees), policies=policies,
-        memory_limit=limit,
+        memory_limit=limit, yardstick=None if device.type == "cuda" else Yardstick(),
     )  # fmt: skip
 
 

@@ -7,10 +7,8 @@ from rich.table import Table
 
 from megatron_hbp.planning.fit import ProfileFit, spearman
 from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.profile_table import ProfileTable
+from megatron_hbp.planning.profile_table import SHAPES, ProfileTable
 from megatron_hbp.report.terminal import wide_console
-
-SHAPE_NAMES = {"one": "1", "few": "3", "many": "24"}
 
 
 def fit_table(table: ProfileTable, fit: ProfileFit) -> Table:
@@ -20,7 +18,7 @@ def fit_table(table: ProfileTable, fit: ProfileFit) -> Table:
         lines.add_column(heading, justify="left" if heading in ("recompute", "") else "right")
     errors = {each.row.setting: each for each in fit.errors}
     for row in sorted(table.rows, key=lambda r: (r.tokens, r.cp_degree, r.recompute, r.squares)):
-        head = (f"{row.tokens:,}", str(row.cp_degree), row.recompute, SHAPE_NAMES[row.shape])
+        head = (f"{row.tokens:,}", str(row.cp_degree), row.recompute, str(SHAPES[row.shape]))
         peak = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else ""
         if row.setting in errors and row.seconds:
             one = errors[row.setting]

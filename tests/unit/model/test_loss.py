@@ -1,5 +1,6 @@
 """The stable loss: supervised positions only, in chunks, the dtype kept, half precision in fp32, sums and counts."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -98,11 +99,12 @@ def test_chunks_change_nothing_and_keep_one_chunk_of_logits(model, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         chunked = losses_of(model, projection)
     assert projection.asked == [2, 2, 1]
-    assert all(shape[-1:] != (VOCABULARY,) for shape in kept)  # logits are not kept for the backward
+    logits = {shape for shape in kept if shape[-1:] == (VOCABULARY,)}
+    assert {math.prod(shape[:-1]) for shape in logits - {tuple(model.weight.T.shape)}} <= {1}  # of the last chunk alone
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-14)
     for mine, theirs in zip(torch.autograd.grad(chunked.sum(), (model.hidden, model.weight)), gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
-    assert sorted(projection.asked) == [1, 1, 2, 2, 2, 2]  # made again in the backward
+    assert sorted(projection.asked) == [1, 2, 2, 2, 2]  # the others are made again in the backward
 
     with torch.no_grad():
         assert torch.equal(losses_of(model), chunked.detach())

@@ -162,7 +162,7 @@ def test_rows_come_by_memory_and_every_full_pack_is_there():
     assert [s.local_tokens for s in GRID] == sorted(s.local_tokens for s in GRID)
     full = {(s.tokens, s.cp_degree, s.recompute) for s in GRID if s.shape == "one"}
     assert len(full) == 4 * 4 * 4
-    assert {s.shape for s in GRID if s.recompute == "none"} == {"one", "few", "many"}
+    assert {s.shape for s in GRID if s.recompute == "none"} == {"one", "many"}
     assert {s.shape for s in GRID if s.recompute == "full2"} == {"one"}
     first = [s.recompute for s in GRID if s.tokens == 1024 and s.cp_degree == 1 and s.shape == "one"]
     assert first == ["full4", "full2", "sel=core_attn", "none"]

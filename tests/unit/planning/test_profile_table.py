@@ -45,7 +45,7 @@ def test_rows_for_auto_selection_are_those_of_full_packs():
         (lambda v: "{", "is damaged"),
         (lambda v: [], "is not a profile table"),
         (lambda v: v | {"kind": "hbp cost model"}, "is not a profile table"),
-        (lambda v: v | {"version": 7}, "has version 7, this program reads 1"),
+        (lambda v: v | {"version": 7}, "has version 7, this program reads 2"),
         (lambda v: {k: x for k, x in v.items() if k != "rows"}, "is damaged"),
         (lambda v: v | {"rows": [{"tokens": 3}]}, "is damaged"),
         (lambda v: v | {"rows": [v["rows"][0] | {"seconds": None}]}, "contradicts itself"),
