@@ -34,8 +34,8 @@ from megatron_hbp.planning.types import parse_tiers
 from megatron_hbp.report.profile_tables import fit_lines, fit_table
 
 GRID = ["--lengths", "1024,2048,8192", "--most-local", "2048", "--cp", "1,4", "--recompute", "none,full2"]
-FURTHER = ["--vocab-size", "4096", "--hbp-profile-seconds", "0.5"]
-MEMORY = [(1536, 1, "full1"), (8192, 4, "none")]
+FURTHER = ["--vocab-size", "4096", "--hbp-profile-seconds", "0.3"]
+MEMORY = [(1280, 1, "none"), (1536, 1, "full1"), (8192, 4, "none")]
 """Packs whose memory is compared: one whose length and policy are not in the table, one that is."""
 TARGET_SECONDS, TARGET_RANK, TARGET_ERROR = 180.0, 0.9, 0.1
 
@@ -147,7 +147,7 @@ def memory_table(name: str, table: profile_table.ProfileTable, flags: list[str],
             ]  # fmt: skip
             run(command, out / f"{name}.rss.log", HBP_RSS=f"{tokens} {cp_degree} {recompute} {result}")
         growth = json.loads(result.read_text())["growth"]
-        predicted = peak_of(table.rows, tokens // cp_degree, cp_degree, recompute)
+        predicted = peak_of(table, tokens // cp_degree, cp_degree, recompute)
         assert predicted is not None
         error = predicted / growth - 1
         lines.add_row(

@@ -24,32 +24,44 @@ class Prediction(NamedTuple):
     """Why it can't fit; empty where it may."""
 
 
-def predict(rows: Sequence[ProfileRow], setting: Setting, limit: float | None) -> Prediction:
+def predict(table: ProfileTable, setting: Setting) -> Prediction:
     """Whether `setting` can fit, from the rows measured so far."""
-    for row in rows:
+    for row in table.rows:
         if not row.fits and _needs_no_less(setting, row.setting):
             return Prediction(None, f"{row.setting} did not fit")
-    peak = peak_of(rows, setting.local_tokens, setting.cp_degree, setting.recompute)
+    limit, peak = table.memory_limit, peak_of(table, setting.local_tokens, setting.cp_degree, setting.recompute)
     if limit is not None and peak is not None and peak > limit:
         return Prediction(peak, f"predicted {peak / 2**30:.2f} GiB, the limit is {limit / 2**30:.2f} GiB")
     return Prediction(peak, "")
 
 
-def peak_of(rows: Sequence[ProfileRow], local_tokens: int, cp_degree: int, recompute: str) -> float | None:
+def peak_of(table: ProfileTable, local_tokens: int, cp_degree: int, recompute: str) -> float | None:
     """Bytes of a micro-batch with so many local tokens, on the line through the two nearest readings.
 
     Readings are those at the same CP degree and policy, the fullest shape at each length. Numbers of layers that were
     not measured lie on the line between the two that were (Algorithm 3). None with fewer than two readings.
+
+    Logits are taken off before lines are drawn and put on again: where the loss starts to make them in chunks, they
+    stop growing.
     """
-    points = _points(rows, cp_degree, recompute)
-    if points:
-        return _on_line(points, local_tokens)
+    header = table.header
+
+    def logits(local: int) -> float:
+        return header.logits_bytes * min(header.supervised * local, header.logits_rows)
+
+    def without_logits(policy: str) -> float | None:
+        points = _points(table.rows, cp_degree, policy)
+        return _on_line({local: peak - logits(local) for local, peak in points.items()}, local_tokens)
+
+    found = without_logits(recompute)
     (tier,) = parse_tiers(f"1:cp1:{recompute}")
-    if tier.recompute.granularity == "selective":
-        return None
-    counts = {r.setting.policy.num_layers: r.recompute for r in rows if r.setting.policy.granularity != "selective"}
-    peaks = {n: _on_line(_points(rows, cp_degree, name), local_tokens) for n, name in counts.items()}
-    return _on_line({n: peak for n, peak in peaks.items() if peak is not None}, tier.recompute.num_layers)
+    if found is None and tier.recompute.granularity != "selective":
+        counts = {
+            r.setting.policy.num_layers: r.recompute for r in table.rows if r.setting.policy.granularity != "selective"
+        }
+        peaks = {n: without_logits(policy) for n, policy in counts.items()}
+        found = _on_line({n: peak for n, peak in peaks.items() if peak is not None}, tier.recompute.num_layers)
+    return None if found is None else found + logits(local_tokens)
 
 
 def _on_line(points: Mapping[int, float], at: int) -> float | None:

@@ -129,6 +129,10 @@ class ProfileHeader:
     """What the ranks of a pack exchanged, in all rows: times of several would not lie on one line."""
     supervised: float
     """Share of the tokens whose loss is computed."""
+    logits_bytes: float
+    """What one such token holds while its loss is computed: logits, their softmax and gradient."""
+    logits_rows: int
+    """How many of them a rank computes at a time."""
     memory: str
     """What `peak_bytes` counts."""
 

@@ -102,7 +102,7 @@ def _fill(session: Any, table: ProfileTable) -> ProfileTable:
         _warm_up(session, missing[0])
     with Progress(every, missing, table.header.model, show=dist.get_rank() == 0) as progress:
         for setting in missing:
-            refused = predict(table.rows, setting, session.memory_limit).refused
+            refused = predict(table, setting).refused
             if refused:
                 row = _refused(setting, refused)
             else:

@@ -203,30 +203,28 @@ def _seconds(session: Session, feed: Feed, step: int) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+FORWARD_DONE = "hbp profile: forward done"
+
+
 def allocated_peak(session: Session, feed: Feed, step: int = 0) -> tuple[float, float]:
-    """(highest sum of what torch's CPU allocator gave and took back, bytes saved for the backward) of one run."""
-    saved: list[float] = []
+    """(highest sum of what torch's CPU allocator gave and took back, that sum between forward and backward) of one run.
+
+    Hooks on saved tensors would tell the second as well, and keep tensors alive that are free without them.
+    """
+    plain = make_forward_step()
 
     def forward_step(data_iterator: Any, model: Any) -> Any:
-        kept: list[torch.Tensor] = []
+        result = plain(data_iterator, model)
+        with torch.profiler.record_function(FORWARD_DONE):
+            return result
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept.append(tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            result = plain(data_iterator, model)
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-        saved.append(float(sum(size for pointer, size in storages.items() if pointer not in parameters)))
-        return result
-
-    plain = make_forward_step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         _run(session, feed, step, forward_step)
-    held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return float(peak), sum(saved)
+    held = peak = saved = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+        elif event.name() == FORWARD_DONE:
+            saved = max(saved, held)
+    return float(peak), float(saved)

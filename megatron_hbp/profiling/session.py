@@ -24,6 +24,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron_hbp import __version__
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import context as micro_batch_context
+from megatron_hbp.model.loss import CHUNK_ROWS
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
 from megatron_hbp.model.spec import with_packed_model
 from megatron_hbp.parallel.groups import CpGroups
@@ -185,6 +186,8 @@ def _header(
         # plans price an exchange that they leave open as a2a, which needs whole heads on every rank
         exchange=args.hbp_exchange or ("all_gather" if any(refusal("a2a", on_one, c) for c in degrees) else "a2a"),
         supervised=options.supervised,
+        logits_bytes=3.0 * 4 * args.padded_vocab_size / tp,  # three times fp32
+        logits_rows=CHUNK_ROWS,
         memory="reserved and outside the allocator" if device.type == "cuda" else "allocated above the states",
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ HEADER = ProfileHeader(
     flags="0" * 64,
     layout={"world": 8, "data_parallel": 8, "tensor_parallel": 1, "pipeline_parallel": 1, "expert_parallel": 1,
             "node_size": 4},
-    dtype="float32", exchange="a2a", supervised=1.0, memory="none",
+    dtype="float32", exchange="a2a", supervised=1.0, logits_bytes=0.0, logits_rows=1024, memory="none",
 )  # fmt: skip
 PLANTED = CostModel(
     name="planted", num_layers=4, linear_flops=6e8, attention_flops=8 * 128 * 4.0, attention=ATTENTION,

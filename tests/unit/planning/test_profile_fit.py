@@ -17,7 +17,7 @@ from megatron_hbp.planning.profile_table import Setting
 from megatron_hbp.planning.types import parse_tiers
 from megatron_hbp.profiling.grid import parse_numbers, parse_policies, settings
 from megatron_hbp.profiling.options import ProfileOptions
-from tests.unit.planning.profiles import PLANTED, row_of, table_of
+from tests.unit.planning.profiles import HEADER, PLANTED, row_of, table_of
 
 POLICIES = parse_policies("none,full2,full4,sel=core_attn", 4)
 GRID = settings((1024, 4096, 16384, 65536), (1, 2, 4, 8), POLICIES, unit=1)
@@ -138,18 +138,42 @@ def test_the_cost_model_knows_what_must_be_recomputed():
 def test_what_cannot_fit_is_seen_coming():
     rows = [row_of(Setting(tokens=n, cp_degree=1, recompute="none")) for n in (1024, 2048)]
     longer = Setting(tokens=8192, cp_degree=1, recompute="none")
-    assert peak_of(rows, 8192, 1, "none") == pytest.approx(8192 * 1000)
-    assert predict(rows, longer, 8192 * 1000.0).refused == ""
-    assert "predicted" in predict(rows, longer, 8191 * 1000.0).refused
-    assert predict(rows[:1], longer, 1.0).refused == ""  # one reading makes no line
-    assert predict(rows, replace(longer, cp_degree=2), 1.0).refused == ""  # another degree, other buffers
+
+    def refused(limit: float, setting: Setting = longer, count: int = 2) -> str:
+        return predict(table_of(rows[:count], limit=limit), setting).refused
+
+    assert peak_of(table_of(rows), 8192, 1, "none") == pytest.approx(8192 * 1000)
+    assert refused(8192 * 1000.0) == ""
+    assert "predicted" in refused(8191 * 1000.0)
+    assert refused(1.0, count=1) == ""  # one reading makes no line
+    assert refused(1.0, replace(longer, cp_degree=2)) == ""  # another degree, other buffers
+
+
+def test_logits_grow_to_one_chunk_and_no_further():
+    header = replace(HEADER, supervised=0.5, logits_bytes=100.0, logits_rows=1000)
+
+    def peak(local: int, layers: int) -> int:
+        return 500_000 + (300 - 50 * layers) * local + 100 * min(local // 2, 1000)
+
+    rows = [
+        replace(row_of(Setting(tokens=n, cp_degree=1, recompute=name)), peak_bytes=peak(n, layers))
+        for n in (1024, 4096)
+        for name, layers in (("none", 0), ("full4", 4))
+    ]
+    table = replace(table_of(rows), header=header)
+    for local in (1024, 1536, 2000, 3000, 8192):
+        assert peak_of(table, local, 1, "none") == pytest.approx(peak(local, 0))
+        assert peak_of(table, local, 1, "full1") == pytest.approx(peak(local, 1))
+    assert peak_of(table, 2000, 1, "sel=mlp") is None
 
 
 def test_what_keeps_more_than_what_did_not_fit_is_not_tried():
     failed = replace(row_of(Setting(tokens=4096, cp_degree=1, recompute="full2")), fits=False, seconds=None)
 
     def refused(tokens: int, recompute: str, cp_degree: int = 1) -> bool:
-        return bool(predict([failed], Setting(tokens=tokens, cp_degree=cp_degree, recompute=recompute), None).refused)
+        return bool(
+            predict(table_of([failed]), Setting(tokens=tokens, cp_degree=cp_degree, recompute=recompute)).refused
+        )
 
     assert refused(8192, "full2") and refused(4096, "none") and refused(4096, "full1")
     assert not (refused(2048, "none") or refused(4096, "full3") or refused(4096, "sel=mlp") or refused(8192, "none", 2))
