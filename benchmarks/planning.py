@@ -32,6 +32,7 @@ from megatron_hbp.planning.quality import (
     randomness,
     side_by_side_abr,
 )
+from megatron_hbp.planning.types import layers
 
 LLAMA, DEEPSEEK = preset("llama3.1-8b-h100"), preset("deepseek-v2-h100")
 LOCAL_TOKENS = 16384
@@ -54,7 +55,9 @@ def plan_for(lengths: np.ndarray, tiers: str, *, ranks: int = 32, slots: int = 1
 
 def over_bound(lengths: np.ndarray, plan: Plan, cost: CostModel = LLAMA) -> float:
     """Modelled epoch over the lower bound; settings allowed to the bound are those of the 8B profile."""
-    bound = lower_bound(lengths, cost, plan.num_ranks, settings=LLAMA.recompute_layers)
+    bound = lower_bound(
+        lengths, cost, plan.num_ranks, settings=[(local, layers(count)) for local, count in LLAMA.recompute_layers]
+    )
     return plan_metrics(plan, cost).epoch_seconds / bound
 
 

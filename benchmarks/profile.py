@@ -33,7 +33,7 @@ from megatron_hbp.planning.profile_memory import peak_of
 from megatron_hbp.planning.types import parse_tiers
 from megatron_hbp.report.profile_tables import fit_lines, fit_table
 
-GRID = ["--lengths", "1024,2048,8192", "--most-local", "2048", "--cp", "1,4", "--recompute", "none,full2"]
+GRID = ["--lengths", "512,1024,8192", "--most-local", "2048", "--cp", "1,4", "--recompute", "none,full2"]
 FURTHER = ["--vocab-size", "4096", "--hbp-profile-seconds", "0.3"]
 MEMORY = [(1280, 1, "none"), (1536, 1, "full1"), (8192, 4, "none")]
 """Packs whose memory is compared: one whose length and policy are not in the table, one that is."""

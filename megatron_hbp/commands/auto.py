@@ -1,6 +1,7 @@
 """`hbp plan --auto`: choose the tiers, and say what was tried and why it was chosen."""
 
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -8,8 +9,10 @@ from rich.console import Console
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.planner import Overlong, Schedule
-from megatron_hbp.planning.select import MemoryTable
+from megatron_hbp.planning.profile_table import ProfileTable
+from megatron_hbp.planning.select import MemoryTable, select_paper
 from megatron_hbp.planning.select_joint import select_joint
+from megatron_hbp.planning.select_profile import profiled
 from megatron_hbp.planning.types import Tier
 from megatron_hbp.report.selection import selection_table
 
@@ -38,6 +41,7 @@ def auto_tiers(
     lengths: np.ndarray,
     cost: CostModel,
     *,
+    table: ProfileTable | None,
     select: Select,
     memory: MemoryTable | None,
     num_ranks: int,
@@ -50,7 +54,10 @@ def auto_tiers(
     seed: int,
     console: Console,
 ) -> tuple[Tier, ...]:
-    """The selected tiers; prints what was tried. `cost` is any cost model, shipped or fitted."""
+    """The selected tiers; prints what was tried.
+
+    `cost` is any cost model, shipped or fitted, `table` the profile that it was fitted to, where there is one.
+    """
     if longest is not None and longest < 1:
         raise ConfigError(f"--longest must be at least 1 token, got {longest}")
     if longest is not None and overlong == "truncate":
@@ -61,9 +68,15 @@ def auto_tiers(
             f"{too_long} samples are longer than --longest {longest}; add --overlong drop or truncate, "
             "or leave --longest out"
         )
+    options: dict[str, Any] = {"memory": memory}
+    if table is not None:
+        found_there = profiled(table, cost, lengths, num_ranks)
+        options = vars(found_there) | ({"memory": memory} if memory else {})
+        if select is Select.paper:
+            select_paper(found_there.rows, int(lengths.max()) if longest is None else longest)  # says what is missing
     found = select_joint(
-        lengths, cost, memory, num_ranks=num_ranks, step_tokens=step_tokens, longest=longest, schedule=schedule,
-        equal_local_tokens=equal_local_tokens, slot_multiple=slot_multiple, seed=seed,
+        lengths, cost, num_ranks=num_ranks, step_tokens=step_tokens, longest=longest, schedule=schedule,
+        equal_local_tokens=equal_local_tokens, slot_multiple=slot_multiple, seed=seed, **options,
     )  # fmt: skip
     paper = next((one for one in found.tried if one.source == "paper"), None)
     if select is Select.joint:

@@ -13,11 +13,11 @@ from rich.progress import track
 
 from megatron_hbp.commands.auto import Select, auto_tiers, parse_memory
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning import planfile
+from megatron_hbp.planning import planfile, profile_table
 from megatron_hbp.planning.compare import Planner, contenders
 from megatron_hbp.planning.compare import compare as compare_all
 from megatron_hbp.planning.cost import DEFAULT_COST_MODEL
-from megatron_hbp.planning.cost_file import cost_model
+from megatron_hbp.planning.cost_file import cost_file_of, cost_model
 from megatron_hbp.planning.inputs import PlanInput, read_lengths, read_store
 from megatron_hbp.planning.layout import Request
 from megatron_hbp.planning.plan import DataFingerprint
@@ -25,7 +25,7 @@ from megatron_hbp.planning.planner import check_lengths, check_ranks, make_plan,
 from megatron_hbp.planning.quality import lower_bound
 from megatron_hbp.planning.reschedule import epoch_seed, join_epochs, reschedule
 from megatron_hbp.planning.show import plan_rows
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.types import Recompute, parse_tiers
 from megatron_hbp.report.plan_tables import (
     comparison_table,
     counts_line,
@@ -88,6 +88,9 @@ def plan(
     slot_multiple: Annotated[int, typer.Option(min=1, help="Micro-batches of a step come in multiples of this.")] = 1,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, each in an order of its own.")] = 1,
     auto: Annotated[bool, typer.Option("--auto", help="Select the tiers, instead of --tiers.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="--auto: the table of `hbp profile`; its cost model lies beside it.")
+    ] = None,
     hbp_select: Annotated[
         Select | None, typer.Option(help="--auto: joint (default; least modelled epoch), or paper (its two stages).")
     ] = None,
@@ -108,12 +111,13 @@ def plan(
     missing = [flag for flag, value in given.items() if value is None]
     if missing or ranks is None or step_tokens is None or out is None:
         raise ConfigError(f"hbp plan needs {', '.join(missing)} too (--auto selects tiers); see `hbp plan --help`")
-    _check_auto(tiers, auto, hbp_select, equal_local_tokens, memory, longest)
+    _check_auto(tiers, auto, profile, hbp_select, equal_local_tokens, memory, longest)
     data = read_input(lengths, store, loss_tokens)
-    model = cost_model(cost or DEFAULT_COST_MODEL)
+    model = cost_model(cost or (str(cost_file_of(profile)) if profile else DEFAULT_COST_MODEL))
     if tiers is None:
         wanted = auto_tiers(
-            check_lengths(data.lengths), model, select=hbp_select or Select.joint, num_ranks=ranks,
+            check_lengths(data.lengths), model, table=profile_table.load(profile) if profile else None,
+            select=hbp_select or Select.joint, num_ranks=ranks,
             memory=parse_memory(memory) if memory is not None else None, step_tokens=step_tokens, longest=longest,
             overlong=overlong.value, equal_local_tokens=equal_local_tokens, schedule=schedule.value,
             slot_multiple=slot_multiple, seed=seed, console=wide_console(),
@@ -143,13 +147,15 @@ def plan(
 
 
 def _check_auto(
-    tiers: str | None, auto: bool, hbp_select: Select | None, equal: bool, memory: str | None, longest: int | None
-) -> None:
+    tiers: str | None, auto: bool, profile: Path | None, hbp_select: Select | None, equal: bool, memory: str | None,
+    longest: int | None,
+) -> None:  # fmt: skip
     """Raise ConfigError for --tiers with --auto, and for the latter's options without it."""
     if tiers is not None and auto:
         raise ConfigError("--tiers and --auto exclude each other; give the tiers, or have them selected")
     options = {
-        "--hbp-select": hbp_select, "--equal-local-tokens": equal or None, "--memory": memory, "--longest": longest,
+        "--profile": profile, "--hbp-select": hbp_select, "--equal-local-tokens": equal or None, "--memory": memory,
+        "--longest": longest,
     }  # fmt: skip
     stray = [flag for flag, value in options.items() if value is not None]
     if stray and not auto:
@@ -217,7 +223,7 @@ def compare(
         raise ConfigError(f"a sample of {values.max()} tokens does not fit the longest tier; add a longer tier")
     planners = contenders() | (_load_planners(peers) if peers else {})
     found = list(track(compare_all(values, request, planners), total=len(planners), description="planning"))
-    bound = lower_bound(values, model, ranks, settings=model.recompute_layers or _settings(request))
+    bound = lower_bound(values, model, ranks, settings=[] if model.recompute_layers else _settings(request))
     console = wide_console()
     console.print(comparison_table(found, bound))
     console.print(f"{len(values):,} samples, {values.sum():,} tokens; seconds as modelled by {model.name}")
@@ -226,9 +232,9 @@ def compare(
         console.print(f"picture written to {picture}")
 
 
-def _settings(request: Request) -> tuple[tuple[int, int], ...]:
-    """(local tokens, recomputed layers) of the tiers, for a cost model without a profile."""
-    return tuple({(tier.local_tokens, tier.recompute.num_layers) for tier in request.tiers})
+def _settings(request: Request) -> list[tuple[int, Recompute]]:
+    """(local tokens, recompute) of the tiers, for a cost model without a profile."""
+    return list({(tier.local_tokens, tier.recompute) for tier in request.tiers})
 
 
 def _load_planners(path: Path) -> dict[str, Planner]:

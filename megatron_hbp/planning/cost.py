@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.exchange import AUTO, AttentionShape, Machine, backward_bytes, elements, extra_flops
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.types import Recompute, Tier, layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,9 @@ class CostModel:
         """`tier` with the fewest recomputed layers that fit, where it names no recompute and the profile knows."""
         if tier.recompute.granularity or not self.recompute_layers:
             return tier
-        for local_tokens, layers in self.recompute_layers:
+        for local_tokens, count in self.recompute_layers:
             if tier.local_tokens <= local_tokens:
-                full = Recompute(granularity="full", num_layers=layers) if layers else Recompute()
-                return replace(tier, recompute=full)
+                return replace(tier, recompute=layers(count))
         limit = self.recompute_layers[-1][0]
         raise ConfigError(
             f"tier {tier}: {tier.local_tokens} tokens on a rank do not fit into memory with {self.name} "

@@ -40,6 +40,11 @@ def load(path: Path) -> CostModel:
     return replace(cost, name=str(path))
 
 
+def cost_file_of(table: Path) -> Path:
+    """Where `hbp profile` puts the cost model fitted to a profile table: P.cost.json beside P.json."""
+    return table.with_name(f"{table.name.removesuffix('.json')}.cost.json")
+
+
 def cost_model(name: str) -> CostModel:
     """The shipped cost model `name`, or the one in a file whose name ends in .json.
 

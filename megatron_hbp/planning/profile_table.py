@@ -157,14 +157,6 @@ class ProfileTable:
         others = tuple(known for known in self.rows if known.setting != row.setting)
         return replace(self, rows=(*others, row))
 
-    def select_rows(self) -> list[dict[str, Any]]:
-        """What auto-selection takes (Algorithm 1): {length, cp_degree, recompute, seconds, fits} of full packs."""
-        return [
-            {"length": row.tokens, "cp_degree": row.cp_degree, "recompute": str(row.setting.policy),
-             "seconds": row.seconds, "fits": row.fits}
-            for row in self.rows if row.shape == "one"
-        ]  # fmt: skip
-
 
 def save(table: ProfileTable, path: Path) -> None:
     """Write the table, whole or not at all. Raises DiskError."""

@@ -3,6 +3,7 @@
 `lower_bound` is what no plan can beat under a cost model; `randomness` says how far steps are from random draws.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,23 +11,22 @@ import numpy as np
 from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.metrics import rank_grid
 from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.types import Recompute, Tier, layers
 
 
 def lower_bound(
-    lengths: np.ndarray, cost: CostModel, num_ranks: int, *, settings: tuple[tuple[int, int], ...] = ()
+    lengths: np.ndarray, cost: CostModel, num_ranks: int, *, settings: Sequence[tuple[int, Recompute]] = ()
 ) -> float:
     """Seconds that an epoch takes at least: every sample at its cheapest setting, all work divided evenly.
 
-    `settings` are the (local tokens, recomputed layers) allowed, those of the cost model's profile without it. A
+    `settings` are the (local tokens, recompute) allowed, those of the cost model's profile without it. A
     sample runs at the least power of two of ranks that holds it; the fixed cost of a micro-batch is shared by its
     tokens. Steps are those of full micro-batches of the largest local tokens.
     """
-    settings = settings or cost.recompute_layers
+    settings = settings or [(local, layers(count)) for local, count in cost.recompute_layers]
     best = np.full(len(lengths), np.inf)
-    for local_tokens, layers in settings:
+    for local_tokens, recompute in settings:
         degrees = 2 ** np.ceil(np.log2(np.maximum(lengths / local_tokens, 1))).astype(np.int64)
-        recompute = Recompute(granularity="full", num_layers=layers) if layers else Recompute()
         for degree in np.unique(degrees):
             tier = Tier(packing_length=local_tokens * int(degree), cp_degree=int(degree), recompute=recompute)
             coefficients = cost.tier_cost(tier)

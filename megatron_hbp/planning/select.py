@@ -17,7 +17,7 @@ import numpy as np
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.exchange import refusal
-from megatron_hbp.planning.types import Recompute, Tier, check_tiers
+from megatron_hbp.planning.types import Recompute, Tier, check_tiers, layers
 
 MemoryTable = Sequence[tuple[int, int]]
 
@@ -55,11 +55,6 @@ class ProfileRow:
     def seconds_per_token(self) -> float:
         """Rank-seconds of a token."""
         return self.seconds * self.cp_degree / self.length
-
-
-def layers(count: int) -> Recompute:
-    """`count` layers recomputed in full."""
-    return Recompute(granularity="full", num_layers=count) if count else Recompute()
 
 
 def iteration_row(length: int, cp_degree: int, num_layers: int, seconds: float, *, rank_tokens: int) -> ProfileRow:
@@ -133,7 +128,7 @@ def rows_of_cost(
     memory = memory or memory_of_model(cost)
     rows = []
     for length in packing_lengths:
-        mean = _mean_length(sample_lengths, length)
+        mean = mean_length(sample_lengths, length)
         for degree in degrees:
             if length % degree:
                 continue
@@ -147,8 +142,8 @@ def rows_of_cost(
     return tuple(rows)
 
 
-def _mean_length(sample_lengths: np.ndarray | None, packing_length: int) -> float:
-    """Tokens-weighted mean length, sum s^2 / sum s, of the samples that fit."""
+def mean_length(sample_lengths: np.ndarray | None, packing_length: int) -> float:
+    """Tokens-weighted mean length, sum s^2 / sum s, of the samples that fit; the packing length without any."""
     if sample_lengths is None:
         return float(packing_length)
     fitting = sample_lengths[sample_lengths <= packing_length].astype(float)

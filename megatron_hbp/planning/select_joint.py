@@ -26,7 +26,7 @@ from megatron_hbp.planning.select import (
     select_paper,
 )
 from megatron_hbp.planning.tier_search import grid, nodes, search
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.types import Recompute, Tier, layers
 
 PAPER_SHORTEST = 8192
 """The shortest length that the paper's stage 1 tries."""
@@ -121,6 +121,7 @@ def select_joint(
     longest: int | None = None,
     degrees: Sequence[int] | None = None,
     rows: Sequence[ProfileRow] | None = None,
+    selective: Sequence[tuple[int, Recompute]] = (),
     equal_local_tokens: bool = False,
     num_planned: int = 8,
     schedule: Schedule = "lockstep",
@@ -131,8 +132,9 @@ def select_joint(
 
     `memory` is what fits (the cost model's own table without it), `longest` the longest sample kept (longer ones are
     dropped; all are kept without it), `degrees` the CP degrees to consider (all that heads and ranks allow without
-    it), `rows` what the paper's stage 1 reads (made from the cost model without it). `equal_local_tokens` demands
-    static shapes. Raises ConfigError where nothing fits, DataError for lengths that cannot be planned.
+    it), `rows` what the paper's stage 1 reads (made from the cost model without it), `selective` the selective policies
+    to consider beside whole layers, each with the local tokens up to which it fits. `equal_local_tokens` demands static
+    shapes. Raises ConfigError where nothing fits, DataError for lengths that cannot be planned.
     """
     lengths, longest = _kept(lengths, longest)
     memory = tuple(memory or memory_of_model(cost))
@@ -141,10 +143,10 @@ def select_joint(
     _check_reach(longest, memory, degrees, cost)
     draw = np.random.default_rng(seed).permutation(lengths)[:MAX_PLANNED] if len(lengths) > MAX_PLANNED else lengths
     candidates: dict[tuple[Tier, ...], str] = {}
-    paper = select_paper(rows, longest) if rows else paper_tiers(lengths, cost, memory, longest, degrees)
-    if not equal_local_tokens or len({tier.local_tokens for tier in paper}) == 1:
+    paper = _paper(rows, longest) if rows else paper_tiers(lengths, cost, memory, longest, degrees)
+    if paper and (not equal_local_tokens or len({tier.local_tokens for tier in paper}) == 1):
         candidates[paper] = "paper"
-    settings = nodes(grid(longest, degrees, memory), degrees, memory)
+    settings = nodes(grid(longest, degrees, memory), degrees, memory, selective, cost=cost, lengths=lengths)
     for demand in {equal_local_tokens, True}:
         keep = num_planned if demand == equal_local_tokens else 2
         for chain in search(lengths, settings, cost, num_ranks, keep=keep, equal_local_tokens=demand):
@@ -164,9 +166,17 @@ def select_joint(
     return Selection(
         tiers=simplest(tried).tiers,
         tried=tuple(tried),
-        bound=lower_bound(draw, cost, num_ranks, settings=memory),
+        bound=lower_bound(draw, cost, num_ranks, settings=[*((n, layers(c)) for n, c in memory), *selective]),
         num_samples=len(draw),
     )
+
+
+def _paper(rows: Sequence[ProfileRow], longest: int) -> tuple[Tier, ...]:
+    """The paper's choice from measured rows, empty where none is long enough: ours may go between and beyond them."""
+    try:
+        return select_paper(rows, longest)
+    except ConfigError:
+        return ()
 
 
 def simplest(tried: Sequence[Tried]) -> Tried:
@@ -198,12 +208,13 @@ def account(plan: Plan, cost: CostModel, source: str) -> Tried:
         "exchange": (replace(cost, attention=None), plan.tiers),
     }
     whole = _rank_seconds(plan, cost, plan.tiers)
+    fixed = np.array([cost.tier_cost(tier).fixed for tier in plan.tiers])
     return Tried(
         source=source,
         tiers=plan.tiers,
         metrics=plan_metrics(plan, cost),
         num_slots=int(plan.num_micro_batches.sum()),
-        fixed_seconds=cost.micro_batch_seconds * float(plan.pack_cp.sum()) / plan.num_ranks,
+        fixed_seconds=float((fixed[plan.pack_tier] * plan.pack_cp).sum()) / plan.num_ranks,
         **{f"{what}_seconds": whole - _rank_seconds(plan, *other) for what, other in without.items()},
     )
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.select import MemoryTable, least_recompute
+from megatron_hbp.planning.select import MemoryTable, least_recompute, mean_length
 from megatron_hbp.planning.tight import best_fit_decreasing
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.types import Recompute, Tier
 
 FULL = 0.999
 """Share of a pack that is filled: 0.03% is padding (benchmarks/planning.md), a margin for the last pack of a tier."""
@@ -53,14 +53,34 @@ def grid(longest: int, degrees: Sequence[int], memory: MemoryTable) -> tuple[int
     return tuple(sorted(length for length in found if shortest <= length <= top or length == needed))
 
 
-def nodes(lengths: Sequence[int], degrees: Sequence[int], memory: MemoryTable) -> list[Tier]:
-    """Every setting that fits, with the least recompute: more of it only adds time in this model."""
+def nodes(
+    packing_lengths: Sequence[int],
+    degrees: Sequence[int],
+    memory: MemoryTable,
+    selective: Sequence[tuple[int, Recompute]] = (),
+    *,
+    cost: CostModel,
+    lengths: np.ndarray,
+) -> list[Tier]:
+    """Every setting that fits, with the recompute that takes least time for packs of samples like `lengths` int [n].
+
+    Of whole layers the fewest; `selective` are (local tokens up to which it fits, policy) to compare them with.
+    """
     found = []
-    for length in lengths:
-        for degree in degrees:
-            recompute = least_recompute(memory, length / degree)
-            if length % degree == 0 and recompute is not None:
-                found.append(Tier(packing_length=length, cp_degree=degree, recompute=recompute))
+    for length in packing_lengths:
+        mean = mean_length(lengths, length) if selective else 0.0
+        for degree in (degree for degree in degrees if length % degree == 0):
+            local, squares = length / degree, int(length * mean)
+            policies = [least_recompute(memory, local), *(policy for most, policy in selective if local <= most)]
+            tiers = [
+                Tier(packing_length=length, cp_degree=degree, recompute=policy)
+                for policy in policies
+                if policy is not None
+            ]
+            if len(tiers) > 1:
+                seconds = [float(cost.tier_cost(tier).seconds(length, squares)) for tier in tiers]
+                tiers = [tiers[int(np.argmin(seconds))]]
+            found += tiers
     return found
 
 

@@ -42,6 +42,11 @@ class Recompute:
         return "sel=" + "+".join(self.modules) if self.granularity == "selective" else "none"
 
 
+def layers(count: int) -> Recompute:
+    """`count` layers recomputed in full."""
+    return Recompute(granularity="full", num_layers=count) if count else Recompute()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tier:
     """One packing group of the paper (section 3.2): its packs all run with the same setting."""

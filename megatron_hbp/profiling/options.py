@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.cost_file import cost_file_of
 from megatron_hbp.planning.profile_table import ModelFacts
 from megatron_hbp.planning.types import Recompute
 from megatron_hbp.profiling.grid import parse_numbers, parse_policies
@@ -84,7 +85,7 @@ class ProfileOptions:
     @property
     def cost_file(self) -> Path:
         """Where the fitted cost model goes."""
-        return self.out.with_name(f"{self.out.name.removesuffix('.json')}.cost.json")
+        return cost_file_of(self.out)
 
     @property
     def failure_note(self) -> Path:

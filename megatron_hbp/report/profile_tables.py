@@ -46,7 +46,8 @@ def print_fit(table: ProfileTable, fit: ProfileFit, out: Path, cost_file: Path) 
     for line in fit_lines(fit):
         console.print(line, highlight=False)
     console.print(f"profile table written to {out}, cost model to {cost_file}", soft_wrap=True, highlight=False)
-    console.print(f"plan with it: hbp plan --cost {cost_file} ...", soft_wrap=True, highlight=False)
+    ways = f"hbp plan --auto --profile {out} ..., or with tiers of your own, --tiers ... --cost {cost_file}"
+    console.print(f"plan with it: {ways}", soft_wrap=True, highlight=False)
 
 
 def check_table(plan: Plan, predicted: np.ndarray, measured: np.ndarray) -> Table:

@@ -33,12 +33,6 @@ def test_samples_of_a_shape_fill_the_pack_and_are_always_the_same():
     assert Setting(tokens=8, cp_degree=1, recompute="none", shape="many").sample_lengths().sum() == 8
 
 
-def test_rows_for_auto_selection_are_those_of_full_packs():
-    settings = [Setting(tokens=1024, cp_degree=1, recompute="full3", shape=shape) for shape in ("one", "many")]
-    (row,) = table_of([row_of(s) for s in settings]).select_rows()
-    assert {"length": 1024, "cp_degree": 1, "recompute": "full3", "fits": True}.items() <= row.items()
-
-
 @pytest.mark.parametrize(
     "change, says",
     [

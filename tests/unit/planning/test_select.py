@@ -17,13 +17,13 @@ from megatron_hbp.planning.select import (
     ProfileRow,
     allowed_degrees,
     iteration_row,
-    layers,
     memory_table,
     rows_of_cost,
     select_paper,
 )
 from megatron_hbp.planning.select_joint import account, select_joint
 from megatron_hbp.planning.tier_search import chain_seconds, grid, nodes, search
+from megatron_hbp.planning.types import layers
 
 COST = preset("llama3.1-8b-h100")
 MEMORY = COST.recompute_layers
@@ -141,7 +141,7 @@ def test_search_agrees_with_brute_force():
     lengths = lengths[lengths <= 65536]
     for fixed in (0.02, 0.19):
         cost = replace(COST, micro_batch_seconds=fixed)
-        settings = nodes((4096, 16384, 32768, 65536), (1, 4, 8), MEMORY)
+        settings = nodes((4096, 16384, 32768, 65536), (1, 4, 8), MEMORY, cost=cost, lengths=lengths)
         best = min(
             (
                 (chain_seconds(chain, lengths, cost, 8), chain)
@@ -250,6 +250,8 @@ def test_command(files):
         (["--auto", "--memory", "64:0"], "the longest sample has"),
         (["--auto", "--memory", "16384:99"], "99 recomputed layers, llama3.1-8b-h100 has 32"),
         (["--auto", "--cost", "nosuch"], "unknown cost model"),
+        (["--auto", "--profile", "nosuch.json"], "nosuch.cost.json cannot be read"),
+        (["--tiers", "65536:cp4", "--profile", "p.json"], "--profile select tiers: give --auto"),
     ],
 )
 def test_command_errors(files, arguments, message):
