@@ -3,9 +3,11 @@
     python -m benchmarks.profile [--write benchmarks/profile.md] [--out FOLDER]
 
 Four gloo ranks on this machine. Seconds to profile are wall time and the CPU time of all processes; times of packs are
-process CPU time, which other load on the machine disturbs less. The plan that is checked has lengths drawn at random,
-in the demo's tiers; neither its lengths nor its recompute policy (one layer of two) is in the table. Memory is checked
-for packs of three samples in fresh processes (benchmarks/profile_rss.py).
+process CPU time at the speed of the yardstick (profiling/yardstick.py). The plan that is checked has lengths drawn at
+random, in the demo's tiers; neither its lengths nor its recompute policy (one layer of two) is in the table. Its slots
+are run seven times in turn. Memory is checked for packs of eight samples in fresh processes
+(benchmarks/profile_rss.py), with glibc told to give freed blocks back: by default its heap keeps holes, and resident
+memory grows by a quarter to two thirds more than tensors hold.
 """
 
 import argparse
@@ -69,7 +71,10 @@ def main() -> None:
         told = "met" if total < TARGET_SECONDS else "MISSED"
         console.print(f"both models: {total:.0f} s of wall time (target {TARGET_SECONDS:g}: {told})", highlight=False)
     if args.write:
-        args.write.write_text(f"# Profiling in figures\n\n```text\n{console.export_text()}```\n", encoding="utf-8")
+        about = (__doc__ or "").split("\n\n", 2)[2].strip()
+        args.write.write_text(
+            f"# Profiling in figures\n\n{about}\n\n```text\n{console.export_text()}```\n", encoding="utf-8"
+        )
 
 
 def unseen_plan(path: Path) -> Path:
