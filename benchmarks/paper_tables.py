@@ -324,8 +324,8 @@ WORD = """## Where they part
   speed-ups, and every other row, are.
 * **CR** stays below the paper's .173: fewer tokens of our generated lengths lie in samples over 16K.
 * **Table 12** is not reproduced. Our FlexSP has HiGHS for 3 s a program, on about five steps: what it finds in that
-  time depends on the machine (3.9 GPU days on quiet cores, 4.3 and 6.1 on busy ones); the paper's solver had 5 to 15 s. PR
-  counts against packing lengths and CR every token of a gang, so both lie far from the paper's.
+  time depends on the machine (3.9 GPU days on quiet cores, 4.3 and 6.1 on busy ones); the paper's solver had 5 to 15 s.
+  PR counts against packing lengths and CR every token of a gang, so both lie far from the paper's.
 * **Table 13, no packing.** We price GEMMs, attention and a fixed time alone; a million micro-batches of a few hundred
   tokens cost more than that (host, loader, launches), and the paper's iterations seem to be wider (its DBR is .63).
   FFD and SPFHP: sorting puts our long samples together, ABR is above the paper's, the days follow.

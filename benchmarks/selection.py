@@ -124,7 +124,7 @@ WORD = """## To read with care
 * Where lengths grow but degrees fall ("8K is fastest": 16K at CP 1 behind 8K at CP 2), no plan can serve the paper's
   literal set, as samples go to tiers by length: the longer tier takes the shorter one's degree.
 * The bound is of powers of two of ranks and the memory table's local tokens; its fixed cost is that of full packs.
-* Selective recompute is not searched: the cost models know how many whole layers must be recomputed.
+* Selective recompute is searched where a profile measured it (`--profile`); these cost models know whole layers alone.
 """
 
 

@@ -8,12 +8,15 @@ instead of their own. With w = cp_degree x coefficient (rank-seconds), P_i packs
     tier i       P_i w_fixed + (T_i + F_i) w_token + (S_i + F_i S_1 / T_1) w_square - F_i rate,  F_i = P_i l_i - T_i
 
 Ranks share the sum evenly (balance leaves 0.1% idle, benchmarks/planning.md). Each term depends on two neighbours and
-the first tier alone: one shortest path per first tier finds the best chain of every length. Filler is not taken from
-what there is: where short samples run out the estimate is off, and it only decides which chains are planned in earnest.
+the first tier alone: one shortest path per first tier finds the best chain of every length. There the room is always
+filled; chains are ranked by what is left where the first tier's samples run out, sum F_i > T_1. The estimate only
+decides which chains are planned in earnest.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -134,25 +137,38 @@ def first_rate(work: Work, prices: Prices, node: int, high: int) -> float:
     return float(total / tokens)
 
 
-def link_costs(work: Work, prices: Prices, edge_of: np.ndarray, first: int) -> np.ndarray:
-    """Rank-seconds [edges, nodes] that a tier adds behind one whose length is that edge, `first` being the first.
+class Links(NamedTuple):
+    """What a tier adds behind another one, all [edges, nodes]: the node behind a tier whose length is that edge."""
 
-    inf where the tier is not longer or owns nothing. `edge_of` int64 [nodes] is the edge of each node's length.
-    """
+    own: np.ndarray
+    """Rank-seconds of its own samples; inf where it is not longer or owns nothing."""
+    moved: np.ndarray
+    """Rank-seconds that filling its packs with samples of the first tier adds: they run here, and no longer there."""
+    filler: np.ndarray
+    """Tokens of those samples."""
+
+
+def link_costs(work: Work, prices: Prices, edge_of: np.ndarray, first: int) -> Links:
+    """Links where node `first` is the first tier; `edge_of` int64 [nodes] is the edge of each node's length."""
     rate = first_rate(work, prices, first, int(edge_of[first]))
     mean = work.squares[0, edge_of[first]] / work.tokens[0, edge_of[first]]
     rows = np.arange(1, len(work.edges))[:, None]  # behind edge k - 1 comes row k of the intervals
-    own = work.tokens[rows, edge_of], work.squares[rows, edge_of], work.packs[rows, edge_of]
-    tokens, squares, packs = own
+    tokens, squares, packs = (values[rows, edge_of] for values in (work.tokens, work.squares, work.packs))
     filler = np.maximum(packs * np.array(work.edges)[edge_of] * FULL - tokens, 0.0)
-    cost = (
-        packs * prices.fixed
-        + (tokens + filler) * prices.per_token
-        + (squares + filler * mean) * prices.per_square
-        - filler * rate
-    )
+    cost = packs * prices.fixed + tokens * prices.per_token + squares * prices.per_square
+    moved = filler * (prices.per_token + mean * prices.per_square - rate)
     nothing = (edge_of[None, :] < rows) | (work.count[rows, edge_of] == 0)
-    return np.vstack([np.where(nothing, np.inf, cost), np.full(len(edge_of), np.inf)])
+    last = np.zeros(len(edge_of))  # behind the last edge comes nothing
+    own = np.vstack([np.where(nothing, np.inf, cost), last + np.inf])
+    return Links(own=own, moved=np.vstack([moved, last]), filler=np.vstack([filler, last]))
+
+
+def path_seconds(path: Sequence[int], start: float, there: float, links: Links, edge_of: np.ndarray) -> float:
+    """Rank-seconds of a chain: `start` of the first tier with all its samples, of which `there` tokens can move."""
+    steps = [(int(edge_of[a]), b) for a, b in pairwise(path)]
+    totals = [sum(float(values[step]) for step in steps) for values in links]
+    own, moved, filler = totals
+    return start + own + moved * min(1.0, there / filler if filler else 1.0)
 
 
 def chain_seconds(tiers: Sequence[Tier], lengths: np.ndarray, cost: CostModel, num_ranks: int) -> float:
@@ -160,9 +176,10 @@ def chain_seconds(tiers: Sequence[Tier], lengths: np.ndarray, cost: CostModel, n
     work = Work(lengths, [tier.packing_length for tier in tiers])
     prices = Prices(tiers, cost)
     edge_of = np.arange(len(tiers))
+    there = float(work.tokens[0, 0])
+    start = first_rate(work, prices, 0, 0) * there
     links = link_costs(work, prices, edge_of, 0)
-    total = first_rate(work, prices, 0, 0) * work.tokens[0, 0]
-    return float(total + sum(links[i, i + 1] for i in range(len(tiers) - 1))) / num_ranks
+    return path_seconds(range(len(tiers)), start, there, links, edge_of) / num_ranks
 
 
 def search(
@@ -194,21 +211,26 @@ def search(
     for first, tier in enumerate(settings):
         if tier.packing_length < shortest:
             continue
-        links = np.where(grows, link_costs(work, prices, edge_of, first)[edge_of], np.inf)
+        links = link_costs(work, prices, edge_of, first)
+        weights = np.where(grows, (links.own + links.moved)[edge_of], np.inf)
         if equal_local_tokens:
-            links[:, local != tier.local_tokens] = np.inf
+            weights[:, local != tier.local_tokens] = np.inf
+        there = float(work.tokens[0, edge_of[first]])
         start = np.full(len(settings), np.inf)
-        start[first] = first_rate(work, prices, first, int(edge_of[first])) * work.tokens[0, edge_of[first]]
-        paths = _shortest_paths(start, links, ends, max_tiers)
-        chains = [Chain(tiers=tuple(settings[i] for i in path), seconds=total / num_ranks) for total, path in paths]
+        start[first] = first_rate(work, prices, first, int(edge_of[first])) * there
+        chains = [
+            Chain(
+                tiers=tuple(settings[i] for i in path),
+                seconds=path_seconds(path, start[first], there, links, edge_of) / num_ranks,
+            )
+            for path in _shortest_paths(start, weights, ends, max_tiers)
+        ]
         found += sorted(chains, key=lambda chain: chain.seconds)[:3]
     return sorted(found, key=lambda chain: (chain.seconds, len(chain.tiers)))[:keep]
 
 
-def _shortest_paths(
-    start: np.ndarray, links: np.ndarray, ends: np.ndarray, max_tiers: int
-) -> list[tuple[float, list[int]]]:
-    """(cost, nodes) of the cheapest path of each number of nodes from `start` [nodes] to one that `ends`."""
+def _shortest_paths(start: np.ndarray, links: np.ndarray, ends: np.ndarray, max_tiers: int) -> list[list[int]]:
+    """Nodes of the cheapest path of each number of nodes from `start` [nodes] to one that `ends`."""
     value = start
     parents: list[np.ndarray] = []
     found = []
@@ -218,7 +240,7 @@ def _shortest_paths(
             path = [last]
             for parent in reversed(parents):
                 path.append(int(parent[path[-1]]))
-            found.append((float(value[last]), path[::-1]))
+            found.append(path[::-1])
         total = value[:, None] + links
         parents.append(total.argmin(axis=0))
         value = total.min(axis=0)

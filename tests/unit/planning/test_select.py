@@ -158,6 +158,16 @@ def test_search_agrees_with_brute_force():
         assert equal and all(len({tier.local_tokens for tier in chain.tiers}) == 1 for chain in equal)
 
 
+def test_room_is_filled_with_no_more_than_there_is():
+    lengths = np.concatenate([np.full(20, 100), np.full(60, 12_000)])  # 2,000 tokens for 60 times 4,384 of room
+    tiers = parse_tiers("2048:cp1,16384:cp1:full28")
+    alone = sum(
+        float(COST.tier_cost(tier).seconds(tokens, squares)) * count
+        for tier, tokens, squares, count in ((tiers[0], 2000, 20 * 100**2, 1), (tiers[1], 12_000, 12_000**2, 60))
+    )
+    assert chain_seconds(tiers, lengths, COST, 1) == pytest.approx(alone, rel=0.01)
+
+
 def covers(chain, lengths):
     grow = all(a.packing_length < b.packing_length and a.cp_degree <= b.cp_degree for a, b in itertools.pairwise(chain))
     edges = [0, *(tier.packing_length for tier in chain)]
