@@ -87,7 +87,11 @@ def test_memory_that_runs_out_on_one_rank_ends_the_row_not_the_run(runs):
 
 def test_rows_hold_seconds_and_bytes_and_make_a_cost_model(runs):
     rows = [row for row in runs.table.rows if row.fits]
-    assert all(row.seconds > 0 and row.repeats >= 3 and row.peak_bytes > row.saved_bytes > 0 for row in rows)
+    assert all(row.seconds > 0 and row.repeats >= 3 for row in rows)
+    weighed = [row for row in rows if row.peak_bytes is not None]
+    assert weighed == [row for row in rows if row.shape == "one"]
+    assert all(row.peak_bytes > row.saved_bytes > 0 for row in weighed)
+    assert runs.table.yardstick > 0
     short = [row for row in rows if (row.tokens, row.cp_degree, row.shape) == (128, 1, "one")]
     saved = {row.recompute: row.saved_bytes for row in short}
     assert saved["full2"] < saved["none"]
