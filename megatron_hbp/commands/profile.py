@@ -28,8 +28,8 @@ def profile(
 ) -> None:
     """Measure time and memory of one micro-batch: `hbp profile --nproc-per-node 8 --out P.json -- MODEL FLAGS`.
 
-    After `--` come Megatron-LM's flags, as for pretrain_hbp.py, without the plan. Writes the profile table, and beside
-    it a cost model for `hbp plan --cost`.
+    After `--` come Megatron-LM's flags, as for pretrain_hbp.py, without the plan. Writes the profile table, for
+    `hbp plan --auto --profile`, and beside it a cost model, for `hbp plan --cost`.
     """
     # before torch is imported: its allocator and its profiler speak at every row
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
