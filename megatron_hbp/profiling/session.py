@@ -24,6 +24,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron_hbp import __version__
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import context as micro_batch_context
+from megatron_hbp.model.extension import drop_stale_lock
 from megatron_hbp.model.loss import CHUNK_ROWS
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
 from megatron_hbp.model.spec import with_packed_model
@@ -133,6 +134,7 @@ def build(options: ProfileOptions) -> Session:
         raise ConfigError(f"Megatron-LM refuses this model: {error}") from error
     args.variable_seq_lengths = model.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     install_context_capture()
+    drop_stale_lock(modules)
     with _quiet():
         training.initialize_megatron()
         chunks, optimizer, _ = training.setup_model_and_optimizer(

@@ -66,6 +66,7 @@ def run(argv: list[str]) -> None:
         leave()
         return
 
+    from megatron_hbp.model.extension import drop_stale_lock
     from megatron_hbp.model.recompute import install_context_capture
     from megatron_hbp.model.spec import with_packed_model
     from megatron_hbp.training import hooks
@@ -81,6 +82,7 @@ def run(argv: list[str]) -> None:
         print(*(f"> hbp: {line}" for line in (describe(options), *lines)), sep="\n", flush=True)
     args.hbp_plan_hash = options.train.plan.hash
     install_context_capture()
+    drop_stale_lock(args.recompute_modules or ())
     exchanges = {tier.exchange for settled in tiers for tier in settled}
     metrics = RunMetrics(options.train.plan, options.metrics)
     hooks.install(plan=options.train.plan, valid_plan=options.valid.plan if options.valid else None, metrics=metrics)
