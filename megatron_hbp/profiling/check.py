@@ -14,6 +14,7 @@ from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.profile_table import write_json
 from megatron_hbp.profiling.measure import DoesNotFitError, gangs_by_rank, time_repeats
+from megatron_hbp.profiling.progress import counted
 from megatron_hbp.profiling.session import Session
 
 REPEATS = 7
@@ -46,14 +47,14 @@ def check_plan(session: Session, path: Path, cost: CostModel | None) -> Checked 
         raise PlanError(f"--hbp-profile-check {path} has CP degree {missing[0]}: add it to --hbp-profile-cp")
     slots = [(step, slot) for step in range(plan.num_steps) for slot in range(int(plan.num_micro_batches[step]))]
     times: dict[tuple[int, int], list[float]] = {at: [] for at in slots}
-    for turn in range(REPEATS + 1):  # all slots in turn: repeats in a row would share the machine's mood
-        for at in slots:
-            try:
-                (seconds,) = time_repeats(session, session.feed(_slot(plan, *at)), repeats=1)
-            except DoesNotFitError as error:
-                raise PlanError(f"--hbp-profile-check {path}: step {at[0]}, slot {at[1]} does not fit") from error
-            if turn:  # the first one warms up
-                times[at].append(seconds)
+    # all slots in turn, and again: repeats in a row would share the machine's mood
+    for turn, at in counted([(turn, at) for turn in range(REPEATS + 1) for at in slots], "checking the plan's packs"):
+        try:
+            (seconds,) = time_repeats(session, session.feed(_slot(plan, *at)), repeats=1)
+        except DoesNotFitError as error:
+            raise PlanError(f"--hbp-profile-check {path}: step {at[0]}, slot {at[1]} does not fit") from error
+        if turn:  # the first one warms up
+            times[at].append(seconds)
     measured = np.zeros(plan.num_packs)
     for step, slot in slots:
         ranks = gangs_by_rank(session, times[step, slot])

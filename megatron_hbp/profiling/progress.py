@@ -1,16 +1,24 @@
 """A bar with the time left on a terminal, a line a row elsewhere. On rank 0, on stderr."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, track
 from rich.progress import Progress as Bar
 
 from megatron_hbp.planning.profile_table import ModelFacts, ProfileRow, Setting
 
 FIXED_TOKENS = 512
 """A row costs at least what so many tokens cost: launches, and the agreement of the ranks."""
+
+
+def counted[T](items: Sequence[T], what: str) -> Iterable[T]:
+    """`items`, with a bar and the time left where rank 0 has a terminal."""
+    console = Console(stderr=True)
+    show = console.is_terminal and os.environ.get("RANK", "0") == "0"
+    return track(items, description=what, console=console, disable=not show)
 
 
 class Progress:
