@@ -1,10 +1,11 @@
-"""A run that is stopped and resumed is the run that was never stopped, to the last bit; another plan is refused.
+"""A run that goes on from a checkpoint is the run that never stopped, to the last bit; another plan is refused.
 
 A DeepSeek-V2-style model (MLA, shared and routed experts, EP 2) with the distributed optimizer, CP degrees 1, 2 and 4
 and another recompute policy a tier, through the real entry point on 4 gloo ranks.
 """
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +35,13 @@ class Runs:
     plan: Plan
     other_plan: Plan
     straight: Ended
-    stopped: Ended
+    """Saves after STOP steps, and goes on."""
     resumed: Ended
+    """From there."""
     refused: Ended
+    """From there, with another plan."""
     folder: Path
+    run: Callable[..., Ended]
 
     def steps(self, run: str) -> list[dict]:
         return steps_of(self.folder / f"{run}.jsonl")
@@ -51,7 +55,7 @@ def mixes_degrees_on_both_sides(plan: Plan) -> bool:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, train) -> Runs:
-    """Four launches: straight through, stopped after STOP steps, resumed, resumed with another plan."""
+    """Three launches, 25 to 35 s each."""
     folder = tmp_path_factory.mktemp("resume")
     store = write_store(folder / "store", num_samples=70, seed=3)
     plans = (write_plan(folder / "plan", store, num_ranks=4, seed=seed) for seed in range(30))
@@ -62,15 +66,15 @@ def runs(tmp_path_factory, train) -> Runs:
         hbp = ("--hbp-plan", folder / plan, "--hbp-store", folder / "store", "--hbp-metrics", folder / f"{name}.jsonl")
         return train(*hbp, *MODEL, *flags, ranks=4)
 
-    save = ("--save", folder / "saved", "--save-interval", STOP)
+    load = ("--load", folder / "saved", "--ckpt-step", STOP)
     return Runs(
-        straight=run("straight"),
-        stopped=run("stopped", *save, "--exit-interval", STOP),
-        resumed=run("resumed", "--load", folder / "saved"),
-        refused=run("refused", "--load", folder / "saved", plan="other"),
+        straight=run("straight", "--save", folder / "saved", "--save-interval", STOP),
+        resumed=run("resumed", *load),
+        refused=run("refused", *load, plan="other"),
         plan=plan,
         other_plan=other_plan,
         folder=folder,
+        run=run,
     )
 
 
@@ -82,9 +86,12 @@ def test_a_run_takes_every_step_of_the_plan(runs):
     assert len({line["loss"] for line in steps}) == len(steps)
 
 
-def test_the_stopped_run_saves_and_stops(runs):
-    assert runs.stopped.code == 0, runs.stopped.err[-3000:]
-    assert (runs.folder / "saved" / "latest_checkpointed_iteration.txt").read_text().strip() == str(STOP)
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_saves_and_stops(runs):
+    saved = runs.folder / "stopped"
+    stopped = runs.run("stopped", "--save", saved, "--save-interval", STOP, "--exit-interval", STOP)
+    assert stopped.code == 0, stopped.err[-3000:]
+    assert (saved / "latest_checkpointed_iteration.txt").read_text().strip() == str(STOP)
     assert numbers(runs.steps("stopped")) == numbers(runs.steps("straight")[:STOP])
 
 
