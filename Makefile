@@ -16,8 +16,9 @@ $(STAMP): constraints.txt pyproject.toml
 demo: setup
 	@$(PYTHON) -m megatron_hbp.demo
 
+# Two files at a time: most of a launch's first seconds are one process's imports, and a second core waits.
 test: setup
-	@$(PYTHON) -m pytest -m "not slow and not gpu"
+	@$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup
 	@$(PYTHON) -m pytest -m slow
