@@ -72,4 +72,3 @@ def test_a_given_file_is_used(monkeypatch, tmp_path):
     torchrun(monkeypatch, writes="75\n")
     assert launch.main(["x"]) == 75
     assert (tmp_path / "code").read_text() == "75\n"
-

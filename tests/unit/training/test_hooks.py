@@ -358,4 +358,3 @@ def test_full_recompute_is_read_from_the_config_at_forward():
     assert "forward" in reads
     recompute = (CORE / "recompute.py").read_text(encoding="utf-8")
     assert "recompute_method" in recompute and "recompute_num_layers" in recompute
-
