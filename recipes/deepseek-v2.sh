@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034  # sourced for its array
-# DeepSeek-V2 (236B): Megatron-LM flags of the model, after the model's published config.json.
+# DeepSeek-V2 (236B): Megatron-LM flags of the model, compared with three public copies of its config.json.
 # NOT RUN HERE: the developers have no machine that holds this model; only the flags' names are tested.
 #
 #   source recipes/deepseek-v2.sh
 #   sbatch ... scripts/slurm/train.sbatch -- "${MODEL_FLAGS[@]}" --hbp-plan PLAN --hbp-store STORE ...
 #
-# Known differences from the Hugging Face model: it scores a group of experts by its best expert, megatron-core by the
-# sum of its top experts; and transformers leaves out YaRN's softmax factor (mscale squared).
+# A group of experts is scored by its best expert, as in the Hugging Face model, not by megatron-core's sum of its top
+# experts (megatron_hbp/model/router.py). One of the three copies has mscale 1.0 instead of 0.707: see your checkpoint's.
 MODEL_FLAGS=(
     --num-layers 60
     --hidden-size 5120

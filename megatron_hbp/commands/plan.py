@@ -12,13 +12,14 @@ import typer
 from rich.progress import track
 
 from megatron_hbp.commands.auto import Select, auto_tiers, parse_memory
+from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import planfile, profile_table
 from megatron_hbp.planning.compare import Planner, contenders
 from megatron_hbp.planning.compare import compare as compare_all
 from megatron_hbp.planning.cost import DEFAULT_COST_MODEL
 from megatron_hbp.planning.cost_file import cost_file_of, cost_model
-from megatron_hbp.planning.inputs import PlanInput, read_lengths, read_store
+from megatron_hbp.planning.inputs import PlanInput, read_lengths
 from megatron_hbp.planning.layout import Request
 from megatron_hbp.planning.plan import DataFingerprint
 from megatron_hbp.planning.planner import check_lengths, check_ranks, make_plan, naive_plan
@@ -247,4 +248,9 @@ def read_input(lengths: Path | None, store: Path | None, loss_tokens: Path | Non
     """Read --lengths or --store, exactly one of them."""
     if (lengths is None) == (store is None):
         raise ConfigError("give either --lengths FILE.npy or --store DIRECTORY")
-    return read_lengths(lengths, loss_tokens) if lengths else read_store(store, loss_tokens)  # type: ignore[arg-type]
+    if lengths:
+        return read_lengths(lengths, loss_tokens)
+    if loss_tokens:
+        raise ConfigError("a store counts its own loss tokens; --loss-tokens goes with --lengths")
+    opened = TokenStore.open(store)  # type: ignore[arg-type]
+    return PlanInput(lengths=opened.lengths, loss_tokens=opened.loss_tokens, store_fingerprint=opened.fingerprint)

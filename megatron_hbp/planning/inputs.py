@@ -1,6 +1,5 @@
-"""Read what a plan is made from: a bare .npy of lengths, or the index of a token store."""
+"""What a plan is made from, and reading it from bare .npy files."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +23,6 @@ def read_lengths(path: Path, loss_path: Path | None = None) -> PlanInput:
     """Read lengths, and loss tokens if given, from .npy files. Raises DataError."""
     lengths = _read_npy(path)
     return PlanInput(lengths=lengths, loss_tokens=_read_loss(loss_path, lengths))
-
-
-def read_store(directory: Path, loss_path: Path | None = None) -> PlanInput:
-    """Read lengths, loss tokens and fingerprint of a token store. Raises DataError."""
-    if not directory.is_dir():
-        raise DataError(f"no token store at {directory}; make one with `hbp prepare`")
-    try:
-        fingerprint = json.loads((directory / "manifest.json").read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{directory / 'manifest.json'} has no fingerprint ({error}); prepare it again") from error
-    lengths = _read_npy(directory / "lengths.npy")
-    loss = _read_loss(loss_path or directory / "loss_tokens.npy", lengths)
-    return PlanInput(lengths=lengths, loss_tokens=loss, store_fingerprint=fingerprint)
 
 
 def _read_loss(path: Path | None, lengths: np.ndarray) -> np.ndarray | None:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from megatron_hbp.commands.plan import app
 from megatron_hbp.errors import ConfigError, DataError, HbpError, PlanError
 from megatron_hbp.planning import load
+from tests.distributed.conftest import write_store
 
 RNG = np.random.default_rng(0)
 LENGTHS = np.concatenate([RNG.integers(20, 400, 300), RNG.integers(1000, 8192, 20)])
@@ -23,7 +24,6 @@ def run(*arguments):
 def files(tmp_path):
     np.save(tmp_path / "lengths.npy", LENGTHS)
     np.save(tmp_path / "loss_tokens.npy", LENGTHS // 2)
-    (tmp_path / "manifest.json").write_text(json.dumps({"fingerprint": "abc123"}))
     return tmp_path
 
 
@@ -37,11 +37,19 @@ def test_plan_then_show(files):
     assert "Plan" in run("show", files / "PLAN").output
 
 
-def test_plan_from_a_store(files):
-    assert run("--store", files, *OPTIONS, "--out", files / "PLAN", "--epochs", 2).exit_code == 0
-    plan = load(files / "PLAN")
-    assert plan.data.store_fingerprint == "abc123"
+def test_plan_from_a_store(tmp_path):
+    store = write_store(tmp_path / "STORE", num_samples=20, seed=0)
+    done = run("--store", store.path, *OPTIONS, "--out", tmp_path / "PLAN", "--epochs", 2)
+    assert done.exit_code == 0, done.output
+    plan = load(tmp_path / "PLAN")
+    assert plan.data.store_fingerprint == store.fingerprint
     np.testing.assert_array_equal(np.bincount(plan.sample_ids), 2)
+
+
+def test_a_damaged_store_is_not_planned(tmp_path):
+    store = write_store(tmp_path / "STORE", num_samples=20, seed=0)
+    np.save(store.path / "lengths.npy", store.lengths[:-1])
+    assert isinstance(run("--store", store.path, *OPTIONS, "--out", tmp_path / "PLAN").exception, DataError)
 
 
 def test_a_named_cost_model_brings_its_recompute(files):
@@ -74,7 +82,7 @@ def broken(files, name, values):
     ("arguments", "error", "message"),
     [
         (lambda f: ["--lengths", f / "none.npy"], DataError, "cannot be read"),
-        (lambda f: ["--lengths", f / "manifest.json"], DataError, "not a NumPy .npy file"),
+        (lambda _: ["--lengths", __file__], DataError, "not a NumPy .npy file"),
         (lambda f: ["--lengths", broken(f, "a.npy", np.ones(3))], DataError, "whole numbers"),
         (lambda f: ["--lengths", broken(f, "a.npy", np.array([{}], object))], DataError, "not a NumPy"),
         (lambda f: ["--lengths", broken(f, "a.npy", np.array([5, -1]))], DataError, "sample 1 has length -1"),
@@ -82,7 +90,8 @@ def broken(files, name, values):
         (lambda f: ["--lengths", f / "lengths.npy", "--ranks", "6"], ConfigError, "do not divide"),
         (lambda f: ["--lengths", f / "lengths.npy", "--cost", "x"], ConfigError, "unknown cost model"),
         (lambda f: ["--lengths", f / "lengths.npy", "--store", f], ConfigError, "either --lengths"),
-        (lambda f: ["--store", f / "none"], DataError, "no token store"),
+        (lambda f: ["--store", f / "none"], DataError, "no such token store"),
+        (lambda f: ["--store", f, "--loss-tokens", f / "loss_tokens.npy"], ConfigError, "goes with --lengths"),
         (
             lambda f: ["--lengths", f / "lengths.npy", "--loss-tokens", broken(f, "b.npy", LENGTHS + 1)],
             DataError,
