@@ -22,7 +22,7 @@ from megatron_hbp.planning.layout import Request
 from megatron_hbp.planning.metrics import plan_metrics
 from megatron_hbp.planning.online import plan_batch
 from megatron_hbp.planning.packing import isf
-from megatron_hbp.planning.peers import dynamic_cp, static_cp
+from megatron_hbp.planning.peers import PEERS
 from megatron_hbp.planning.plan import DataFingerprint
 from megatron_hbp.planning.planner import method_plan, naive_plan
 from megatron_hbp.planning.quality import (
@@ -168,21 +168,21 @@ def best_seconds(work: Callable[[], object], repeats: int = 3) -> float:
 
 def peer_rows(lengths: np.ndarray) -> Iterator[Row]:
     """Tuned static CP and dynamic CP under the same cost model, epoch of theirs over ours."""
-    for label, cost, ranks, slots, schedule in (
-        ("8B on 32", LLAMA, 32, 1, "gang"),
-        ("8B on 32, 4M tokens a step", LLAMA, 32, 8, "gang"),
-        ("DeepSeek-V2 on 256", DEEPSEEK, 256, 1, "lockstep"),
-        ("DeepSeek-V2 on 256, 8 slots a step", DEEPSEEK, 256, 8, "lockstep"),
+    for label, cost, ranks, slots in (
+        ("8B on 32", LLAMA, 32, 1),
+        ("8B on 32, 4M tokens a step", LLAMA, 32, 8),
+        ("DeepSeek-V2 on 256", DEEPSEEK, 256, 1),
+        ("DeepSeek-V2 on 256, 8 slots a step", DEEPSEEK, 256, 8),
     ):
         tiers = parse_tiers(DEFAULT)
         request = Request(
-            tiers=tiers, num_ranks=ranks, step_tokens=slots * ranks * LOCAL_TOKENS, seed=0, schedule=schedule,
+            tiers=tiers, num_ranks=ranks, step_tokens=slots * ranks * LOCAL_TOKENS, seed=0, schedule="lockstep",
             cost=cost, data=DataFingerprint.of(lengths),
         )  # fmt: skip
         ours = plan_metrics(plan_for(lengths, DEFAULT, ranks=ranks, slots=slots, cost=cost), cost).epoch_seconds
         times = {
-            "static": plan_metrics(static_cp(lengths, request), cost).epoch_seconds,
-            "dynamic": plan_metrics(dynamic_cp(lengths, request), cost).epoch_seconds,
+            name: plan_metrics(PEERS[name](lengths, request), cost).epoch_seconds
+            for name in ("static CP, tuned", "dynamic CP (Megatron dev)")
         }
         best = min(times, key=times.__getitem__)
         ratio = times[best] / ours

@@ -19,9 +19,8 @@ from benchmarks.paper_tables import LOCAL, NAIVE, TWO_TIERS, calibrated, packed
 from megatron_hbp.planning import Plan, make_plan, parse_tiers
 from megatron_hbp.planning.cost import CostModel, TierCost, preset
 from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.layout import Request
-from megatron_hbp.planning.peers import dynamic_cp, static_cp
-from megatron_hbp.planning.plan import DataFingerprint
+from megatron_hbp.planning.peers.default_dynamic import default_dynamic
+from megatron_hbp.planning.peers.static_cp import static_cp
 from megatron_hbp.planning.select_joint import select_joint
 from megatron_hbp.planning.simulate import Simulation, simulate
 from megatron_hbp.planning.topology import Topology
@@ -121,18 +120,18 @@ def ablation(setting: Setting, lengths: np.ndarray) -> Iterator[Line]:
 
 
 def baselines(setting: Setting, lengths: np.ndarray) -> Iterator[Line]:
-    """Static CP of the best degree and dynamic CP, with the same recompute rule and the same barriers."""
-    dense = "deepseek" not in setting.cost.name
-    lengths = lengths[lengths <= parse_tiers(setting.naive)[-1].packing_length]
-    for slots in (1, 8):
-        request = Request(
-            tiers=parse_tiers(setting.four), num_ranks=setting.ranks, seed=0, cost=setting.cost,
-            step_tokens=slots * setting.ranks * LOCAL,
-            schedule="gang" if dense else "lockstep", data=DataFingerprint.of(lengths),
+    """Static CP of the best length and degree, and dynamic CP, with the same memory on a rank and the same barriers."""
+    tiers = parse_tiers(setting.four)
+    lengths = lengths[lengths <= tiers[-1].packing_length]
+    unit, ranks, cost = tiers[0].local_tokens, setting.ranks, setting.cost
+    for told, degree in (("in a node", 8), ("of any degree", None)):
+        plan = static_cp(
+            lengths, num_ranks=ranks, step_tokens=ranks * LOCAL, unit=unit, cost=cost, max_degree=degree
         )  # fmt: skip
-        if slots == 1:
-            yield "best static CP", setting.run(static_cp(lengths, request))
-        yield f"dynamic CP, {slots} x 16K tokens a rank and step", setting.run(dynamic_cp(lengths, request))
+        yield f"best static CP {told}: {plan.tiers[0]}", setting.run(plan)
+    for slots in (1, 8):
+        plan = default_dynamic(lengths, num_ranks=ranks, step_tokens=slots * ranks * LOCAL, unit=unit, cost=cost)
+        yield f"dynamic CP, {slots} x 16K tokens a rank and step", setting.run(plan)
 
 
 def section(setting: Setting, lengths: np.ndarray, report: Callable[[str], None]) -> list[str]:
@@ -218,10 +217,10 @@ def main() -> None:
 
 WORD = """## To read with care
 
-* Baselines: static CP tries the longest tier's degree and higher ones, with the recompute that the memory table allows
-  (8B). Dynamic CP takes random steps, the least degree that fits, and balances s^2 / CP alone, as Megatron's
-  development branch describes it; its imbalance is what such weights leave under this model. In 8B it meets once a step
-  only although parameters are sharded, which favours it; in DeepSeek-V2 every slot is a barrier for all.
+* Baselines (megatron_hbp/planning/peers/) have as many tokens on a rank and recompute by the same memory table (8B).
+  Static CP tries every packing length and degree that hold the longest sample, in random order; the table tells the
+  fastest. This cost model has no latency per message, which favours its widest degrees. Dynamic CP is
+  `default_dynamic_cp` of Megatron-LM's development branch, rule by rule, on random steps. Every slot is a barrier.
 * Sorted order (the paper's) and random order are meant to take the same time: random order is there for training, it
   is not meant to gain speed.
 * Joint selection is `hbp plan --auto`'s (benchmarks/selection.md), on a draw of 100,000 samples. DeepSeek-V2 has no

@@ -1,6 +1,4 @@
-"""Peers: planners of others that HBP is compared with, written against the public API of megatron_hbp.planning.
+"""Peers that need more than numpy (megatron-core, HiGHS), and a comparison of all peers with more measures.
 
-The peers live here, outside the package, as some need more than numpy (megatron-core, HiGHS). `run.py` compares those
-with the signature of `common.py`; `plug_in.py` hands planners with the signature of
-megatron_hbp.planning.peers to `hbp plan compare --peers`.
+`run.py` compares; `plug_in.py` hands megatron-core's scheduler to `hbp plan compare --peers`.
 """

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 import numpy as np
 from megatron.core.pipeline_parallel.hybrid_cp_schedule import BalancedCPScheduler
 
-from benchmarks.peers.common import UNIT, PlanWriter, least_degree, random_steps
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.peers.common import UNIT, PlanWriter, least_degree, random_steps
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.tight import best_fit_decreasing
 

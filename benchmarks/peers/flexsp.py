@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
-from benchmarks.peers.common import UNIT, PlanWriter, cp_degrees, least_degree, random_steps, tier_of_degree
 from megatron_hbp.planning.cost import CostModel, TierCost
+from megatron_hbp.planning.peers.common import UNIT, PlanWriter, cp_degrees, least_degree, random_steps, tier_of_degree
 from megatron_hbp.planning.plan import Plan
 
 Gangs = list[tuple[int, np.ndarray]]

@@ -1,7 +1,7 @@
 """Many planners on one data set, under one cost model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,13 +9,10 @@ import numpy as np
 from megatron_hbp.planning.layout import Request
 from megatron_hbp.planning.metrics import PlanMetrics, plan_metrics
 from megatron_hbp.planning.packing import METHODS, PackingMethod
-from megatron_hbp.planning.peers import PEERS
+from megatron_hbp.planning.peers import PEERS, Planner
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.planner import Schedule, make_plan, method_plan
 from megatron_hbp.planning.quality import Randomness, randomness
-
-Planner = Callable[[np.ndarray, Request], Plan]
-"""Lengths int64 [n] and what is asked for -> a plan."""
 
 
 @dataclass(frozen=True, kw_only=True)

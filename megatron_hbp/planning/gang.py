@@ -6,25 +6,19 @@ would be done first (longest processing time), by their whole modelled cost.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel, TierCost
+from megatron_hbp.planning.cost import TierCost
 from megatron_hbp.planning.layout import Occurrences, Placement, Request
 from megatron_hbp.planning.packs import Packs
 from megatron_hbp.planning.tight import best_fit_decreasing
 from megatron_hbp.planning.types import Tier
 
-PlaceStep = Callable[[np.ndarray, Request], tuple[Packs, Placement]]
-"""Lengths int64 [n] of one step -> their packs, and where those run."""
 
-
-def gang_packs(
-    occurrences: Occurrences, request: Request, rng: np.random.Generator, place: PlaceStep | None = None
-) -> tuple[Packs, Placement]:
-    """Draw steps at random, each of about `step_tokens`, and place every step by itself (by `place_step`)."""
-    place = place or place_step
+def gang_packs(occurrences: Occurrences, request: Request, rng: np.random.Generator) -> tuple[Packs, Placement]:
+    """Draw steps at random, each of about `step_tokens`, and place every step by itself."""
     lengths = occurrences.lengths
     step_of = draw_steps(lengths, request, rng)
     by_step = np.argsort(step_of, kind="stable")
@@ -32,7 +26,7 @@ def gang_packs(
     columns: list[tuple[int, int, int, int]] = []  # tier, step, slot, rank0
     counts = []
     for step, members in enumerate(np.split(by_step, np.cumsum(np.bincount(step_of))[:-1])):
-        packs, placement = place(lengths[members], request)
+        packs, placement = place_step(lengths[members], request)
         pack_of[members] = packs.pack_of + len(columns)
         where = zip(packs.pack_tier.tolist(), placement.slot.tolist(), placement.rank0.tolist(), strict=True)
         columns += [(tier, step, slot, rank0) for tier, slot, rank0 in where]
@@ -61,18 +55,15 @@ def draw_steps(lengths: np.ndarray, request: Request, rng: np.random.Generator) 
     return np.unique(step_of, return_inverse=True)[1]
 
 
-def place_step(
-    lengths: np.ndarray, request: Request, *, widen: bool = True, weigh_by: CostModel | None = None
-) -> tuple[Packs, Placement]:
+def place_step(lengths: np.ndarray, request: Request) -> tuple[Packs, Placement]:
     """Place the samples of one step [n] on the ranks; also the online planner's whole job.
 
-    `widen` lets a sample that would outlast the step take a higher CP degree than memory asks for. `weigh_by` is the
-    cost to balance, that of the request without it.
+    A sample that would outlast the step takes a higher CP degree than memory asks for.
     """
     tiers, num_ranks = request.tiers, request.num_ranks
-    costs = [(weigh_by or request.cost).tier_cost(tier) for tier in tiers]
+    costs = [request.cost.tier_cost(tier) for tier in tiers]
     order = np.argsort(-lengths, kind="stable")
-    mean = _mean_seconds(lengths, tiers[0], costs[0], num_ranks) if widen else np.inf
+    mean = _mean_seconds(lengths, tiers[0], costs[0], num_ranks)
     loads = np.zeros(num_ranks)
     next_slot = np.zeros(num_ranks, np.int64)
     pack_of = np.empty(len(lengths), np.int64)

@@ -105,27 +105,6 @@ def no_packing(lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> 
     return np.arange(len(lengths))
 
 
-def karmarkar_karp(costs: np.ndarray, num_bins: int) -> np.ndarray:
-    """Split items of `costs` [n] into `num_bins` bins of nearly equal sums by largest differencing: bin of each [n]."""
-    heap = [(-float(cost), item, [float(cost)], [[item]]) for item, cost in enumerate(costs)]
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        _, item, sums, bins = heapq.heappop(heap)
-        _, _, other_sums, other_bins = heapq.heappop(heap)
-        sums += [0.0] * (num_bins - len(sums))
-        bins += [[] for _ in range(num_bins - len(bins))]
-        lightest = sorted(range(num_bins), key=sums.__getitem__)
-        heaviest = sorted(range(len(other_sums)), key=lambda index: -other_sums[index])
-        for mine, theirs in zip(lightest, heaviest, strict=False):
-            sums[mine] += other_sums[theirs]
-            bins[mine] += other_bins[theirs]
-        heapq.heappush(heap, (min(sums) - max(sums), item, sums, bins))
-    bin_of = np.empty(len(costs), np.int64)
-    for index, members in enumerate(heap[0][3]):
-        bin_of[members] = index
-    return bin_of
-
-
 def _first_fit(lengths: np.ndarray, capacity: int, order: np.ndarray) -> np.ndarray:
     """Each sample of `order` into the first pack with room, found in a binary tree of the largest rooms."""
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()

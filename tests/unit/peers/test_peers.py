@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from benchmarks.peers.balanced_cp import balanced_cp
-from benchmarks.peers.common import least_degree, random_steps, static_degree
-from benchmarks.peers.default_dynamic import default_dynamic, micro_batch
 from benchmarks.peers.flexsp import flexsp
-from benchmarks.peers.skrull import joined_packs, skrull
-from benchmarks.peers.static_cp import static_cp
-from benchmarks.peers.verl_kk import verl_kk
 from megatron_hbp.errors import ConfigError, DataError
 from megatron_hbp.planning.cost import preset
 from megatron_hbp.planning.metrics import plan_metrics
+from megatron_hbp.planning.peers.common import least_degree, random_steps, static_degree
+from megatron_hbp.planning.peers.default_dynamic import default_dynamic, micro_batch
+from megatron_hbp.planning.peers.skrull import joined_packs, skrull
+from megatron_hbp.planning.peers.static_cp import static_cp
+from megatron_hbp.planning.peers.verl_kk import verl_kk
 
 UNIT, RANKS = 1024, 8
 COST = preset("llama3.1-8b-h100")

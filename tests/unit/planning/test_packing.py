@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_hbp.planning.fill import best_fit, exact_fit, greedy_fill, longest_first, stable_order
-from megatron_hbp.planning.packing import METHODS, karmarkar_karp
+from megatron_hbp.planning.packing import METHODS
 from megatron_hbp.planning.tight import best_fit_decreasing, pack_tightly
 
 RNG = np.random.default_rng(0)
@@ -80,9 +80,3 @@ def test_long_samples_are_packed_as_tightly_as_by_best_fit():
     loads = np.bincount(tight, long)
     assert (tight >= 0).all() and loads.max() <= 131072
     assert len(loads) <= best_fit_decreasing(long, 131072).max() + 1
-
-
-def test_karmarkar_karp_balances():
-    costs = RNG.integers(1, 1000, 64)
-    sums = np.bincount(karmarkar_karp(costs, 8), costs)
-    assert len(sums) == 8 and sums.max() - sums.min() < 30

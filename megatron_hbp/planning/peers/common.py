@@ -5,6 +5,7 @@
 `unit` is the number of tokens that one rank holds; a gang of c ranks holds unit * c.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -94,7 +95,7 @@ class PlanWriter:
         self.degrees.append(degree)
         self.samples.append(np.asarray(ids, np.int64))
 
-    def add_side_by_side(self, *, step: int, slot: int, gangs: list[tuple[int, list[int]]]) -> None:
+    def add_side_by_side(self, *, step: int, slot: int, gangs: Sequence[tuple[int, np.ndarray | list[int]]]) -> None:
         """One slot of gangs (degree, sample ids), widest first from rank 0 on, which aligns powers of two."""
         rank0 = 0
         for degree, ids in sorted(gangs, key=lambda gang: -gang[0]):

@@ -23,8 +23,8 @@ import heapq
 
 import numpy as np
 
-from benchmarks.peers.common import UNIT, PlanWriter, random_steps, static_degree, tier_of_degree
 from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.peers.common import UNIT, PlanWriter, random_steps, static_degree, tier_of_degree
 from megatron_hbp.planning.plan import Plan
 
 MicroBatch = tuple[list[int], list[list[int]]]

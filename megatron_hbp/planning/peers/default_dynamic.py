@@ -19,8 +19,8 @@ Simplified: gangs stand in order of width; no alignment of micro-batch counts fo
 
 import numpy as np
 
-from benchmarks.peers.common import UNIT, PlanWriter, least_degree, random_steps
 from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.peers.common import UNIT, PlanWriter, least_degree, random_steps
 from megatron_hbp.planning.plan import Plan
 
 CAP_SLACK = 1.05

@@ -16,9 +16,9 @@ limit), one more micro-batch is used, so that plans are valid. Batches need not 
 
 import numpy as np
 
-from benchmarks.peers.common import UNIT, PlanWriter, random_steps, static_degree
-from benchmarks.peers.differencing import karmarkar_karp
 from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.peers.common import UNIT, PlanWriter, random_steps, static_degree
+from megatron_hbp.planning.peers.differencing import karmarkar_karp
 from megatron_hbp.planning.plan import Plan
 
 LINEAR = 24576.0

@@ -6,8 +6,8 @@ is tried at every CP degree that fits memory and leaves a rank at least unit / 8
 recompute). Packs are ISF's in random order; the fastest setting by modelled epoch is packed again by best fit on
 shuffled samples, and the better of the two packings wins. Every slot is a barrier: "lockstep".
 
-The widest gang often wins under a cost model without a latency per hop: one pack over all ranks idles nobody. Real
-exchanges of heads for sequence end at the number of heads; `max_degree` sets such a limit.
+The widest gang often wins under a cost model without a latency per hop: one pack over all ranks idles nobody. Degrees
+end at the cost model's `max_cp_degree` (the heads), or earlier at `max_degree`.
 
 Simplified: best fit is tried on the best setting only; recompute is what the cost model says is needed.
 """
@@ -16,10 +16,10 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.peers.common import UNIT, static_degree
 from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.metrics import plan_metrics
 from megatron_hbp.planning.packing import best_fit_shuffled, isf
+from megatron_hbp.planning.peers.common import UNIT, static_degree
 from megatron_hbp.planning.plan import DataFingerprint, Plan
 from megatron_hbp.planning.types import Tier
 
@@ -41,7 +41,7 @@ def static_cp(
     plan_of = partial(packed_plan, lengths, num_ranks=num_ranks, step_tokens=step_tokens, cost=cost, seed=seed)
     best: tuple[float, Tier, Plan] | None = None
     length = unit * static_degree(lengths, unit, num_ranks)
-    widest = max(min(max_degree or num_ranks, num_ranks), length // unit)
+    widest = max(min(max_degree or cost.max_cp_degree, num_ranks), length // unit)
     while length <= unit * widest:
         pack_of = isf(lengths, length, np.random.default_rng(seed))
         degree = length // unit

@@ -32,8 +32,7 @@ def karmarkar_karp(costs: np.ndarray, num_bins: int, *, equal_counts: bool = Fal
         states.append(sums[order])
         heapq.heappush(heap, (float(states[-1][-1] - states[-1][0]), len(states) - 1))
 
-    bins: list[np.ndarray | None] = [None] * len(states)
-    bins[-1] = np.arange(num_bins)
+    bins = [np.arange(num_bins)] * len(states)  # all but the last are set when their merge is walked back
     for index in reversed(range(len(merges))):
         left, right, order = merges[index]
         whole = np.empty(num_bins, np.int64)
