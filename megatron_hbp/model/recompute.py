@@ -69,10 +69,11 @@ class RecomputeSwitch:
         settings = {
             "recompute_granularity": policy.granularity if full or policy.granularity != "full" else None,
             "recompute_method": "block" if full else None,
-            "recompute_num_layers": policy.num_layers if full else None,
         }
         for config in self._configs:
-            vars(config).update(settings)
+            # Megatron-LM counts layers of a chunk, tiers and cost models those of the whole model
+            chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+            vars(config).update(settings, recompute_num_layers=-(-policy.num_layers // chunks) if full else None)
         chosen = frozenset(policy.modules if policy.granularity == "selective" else ())
         changed = self._flags if self._chosen is None else chosen ^ self._chosen
         for name in changed:

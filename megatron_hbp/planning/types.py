@@ -26,14 +26,14 @@ class Recompute:
     granularity: Granularity | None = None
     """None (keep every activation), "full" (whole layers) or "selective" (modules)."""
     num_layers: int = 0
-    """Layers recomputed, for "full"."""
+    """Layers of the whole model recomputed, for "full"; pipeline stages share them, each rounding up."""
     modules: tuple[str, ...] = ()
     """Megatron's names of the recomputed modules, for "selective"."""
 
     def __post_init__(self) -> None:
         if (self.num_layers > 0) != (self.granularity == "full"):
             raise ConfigError(f"recompute: full needs a number of layers of at least 1, got {self}")
-        if bool(self.modules) != (self.granularity == "selective"):
+        if bool(self.modules) != (self.granularity == "selective") or "" in self.modules:
             raise ConfigError(f"recompute: selective needs at least one module, got {self}")
 
     def __str__(self) -> str:

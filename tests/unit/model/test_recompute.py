@@ -18,6 +18,7 @@ CASES = [
     "switch_knows_configs_that_were_copied",
     "switch_names_what_a_model_has",
     "a_policy_that_is_set_costs_nothing",
+    "stages_share_the_layers",
     "capture_is_installed_once",
     "both_checkpoints_keep_the_context",
     "backward_recomputes_in_the_forwards_context",

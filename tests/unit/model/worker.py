@@ -142,6 +142,15 @@ def a_policy_that_is_set_costs_nothing(models) -> None:
     assert model.config.recompute_num_layers is None
 
 
+def stages_share_the_layers(models) -> None:
+    """Megatron-LM counts a chunk's layers, a tier those of the model: 3 are 1 in each of four chunks."""
+    config = models["dense"].config
+    for stages, chunks, wanted in ((2, None, 2), (2, 2, 1), (1, None, 3)):
+        config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size = stages, chunks
+        RecomputeSwitch([models["dense"]]).set(FULL)
+        assert config.recompute_num_layers == wanted, (stages, chunks, config.recompute_num_layers)
+
+
 def capture_is_installed_once(models) -> None:
     before = tensor_parallel.checkpoint, tensor_parallel.CheckpointWithoutOutput
     install_context_capture()
@@ -187,6 +196,7 @@ CASES: tuple[Callable[[dict], None], ...] = (
     switch_knows_configs_that_were_copied,
     switch_names_what_a_model_has,
     a_policy_that_is_set_costs_nothing,
+    stages_share_the_layers,
     capture_is_installed_once,
     both_checkpoints_keep_the_context,
     backward_recomputes_in_the_forwards_context,
