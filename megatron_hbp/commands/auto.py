@@ -73,7 +73,8 @@ def auto_tiers(
         found_there = profiled(table, cost, lengths, num_ranks)
         options = vars(found_there) | ({"memory": memory} if memory else {})
         if select is Select.paper:
-            select_paper(found_there.rows, int(lengths.max()) if longest is None else longest)  # says what is missing
+            kept = lengths if longest is None else lengths[lengths <= longest]
+            select_paper(found_there.rows, int(kept.max(initial=1)))  # says what is missing
     found = select_joint(
         lengths, cost, num_ranks=num_ranks, step_tokens=step_tokens, longest=longest, schedule=schedule,
         equal_local_tokens=equal_local_tokens, slot_multiple=slot_multiple, seed=seed, **options,
@@ -84,10 +85,7 @@ def auto_tiers(
         console.print(f"Chosen: {found.reason}.", highlight=False)
         return found.tiers
     if paper is None:
-        raise ConfigError(
-            "the paper's tiers do not keep equal local tokens here; leave --equal-local-tokens out, "
-            "or use --hbp-select joint"
-        )
+        raise ConfigError(f"{found.paper_refused}; or use --hbp-select joint")
     console.print(selection_table(found, cost_model=cost.name))
     saved = 1 - found.chosen.seconds / paper.seconds
     other = f"joint selection's epoch is {saved:.1%} shorter" if saved > 0 else "joint selection has no shorter epoch"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_hbp.errors import StopRequested
+from megatron_hbp.errors import ConfigError, StopRequested
 
 MODULE = "megatron_hbp.profiling"
 MOST_STARTS = 20
@@ -46,6 +46,8 @@ def profile(
         "check": check,
         "out": out,
     }
+    if not (nproc_per_node.isdecimal() and int(nproc_per_node)) and nproc_per_node not in ("gpu", "cpu", "auto"):
+        raise ConfigError(f"--nproc-per-node {nproc_per_node}: a number of ranks, or gpu, as for torchrun")
     flags = [f"--hbp-profile-{name}={value}" for name, value in given.items() if value is not None]
     outer = torchrun.split() or ["--standalone"]
     command = [*outer, f"--nproc-per-node={nproc_per_node}", "-m", MODULE, *flags, *context.args]

@@ -8,11 +8,12 @@ from typing import Any
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.cost import PRESETS, CostModel, preset
 from megatron_hbp.planning.exchange import AttentionShape
+from megatron_hbp.planning.json_values import check_attention, check_numbers, is_number
 from megatron_hbp.planning.profile_table import read_json, write_json
 
 KIND = "hbp cost model"
 VERSION = 1
-_REMEDY = "fit it again with `hbp profile`"
+_REMEDY = "fit it again with `hbp profile`, or name another with --cost"
 
 
 def save(cost: CostModel, path: Path) -> None:
@@ -25,19 +26,42 @@ def load(path: Path) -> CostModel:
     """Read a cost model. Raises ConfigError for a missing or damaged file, or another version."""
     values = read_json(path, KIND, VERSION, _REMEDY)
     try:
-        given: dict[str, Any] = values["cost"]
-        fields: dict[str, Any] = {k: math.inf if v is None and k != "attention" else v for k, v in given.items()}
+        fields: dict[str, Any] = dict(values["cost"])
+        _check(fields)
+        fields |= {name: math.inf for name in _RATES if fields[name] is None}
         if fields["attention"] is not None:
             fields["attention"] = AttentionShape(**fields["attention"])
-        for name in ("recompute_layers", "recompute_shares", "group_seconds"):
+        for name in _LISTS:
             fields[name] = tuple(tuple(entry) for entry in fields[name])
         cost = CostModel(**fields)
-        numbers = (cost.linear_rate, cost.attention_rate, cost.node_bandwidth, cost.cluster_bandwidth)
-        if not all(rate > 0 for rate in numbers) or cost.micro_batch_seconds < 0:
-            raise ValueError("rates must be positive")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"cost model {path} is damaged ({error}); {_REMEDY}") from error
     return replace(cost, name=str(path))
+
+
+_RATES = ("linear_rate", "attention_rate", "node_bandwidth", "cluster_bandwidth")
+_LISTS = {"recompute_layers": (int, int), "recompute_shares": (str, float, float), "group_seconds": (int, float)}
+"""Field -> what an entry holds."""
+
+
+def _check(fields: dict[str, Any]) -> None:
+    """Raise ValueError naming the first field that cannot be."""
+    check_numbers(fields, ("num_layers", "node_size", "tensor_parallel", "max_cp_degree"), least=1, whole=True)
+    check_numbers(fields, ("linear_flops", "attention_flops", "micro_batch_seconds", "step_seconds"))
+    check_numbers(fields, _RATES, none=True)
+    for name in _RATES:
+        if fields[name] == 0:
+            raise ValueError(f"{name} is 0: nothing would ever be done")
+    if fields["attention"] is not None:
+        check_attention(fields["attention"])
+    for name, kinds in _LISTS.items():
+        for entry in fields[name]:
+            fits = isinstance(entry, list) and len(entry) == len(kinds) and all(
+                isinstance(value, str) if kind is str else is_number(value, whole=kind is int)
+                for value, kind in zip(entry, kinds, strict=True)
+            )  # fmt: skip
+            if not fits:
+                raise ValueError(f"{name} has an entry {entry!r}")
 
 
 def cost_file_of(table: Path) -> Path:

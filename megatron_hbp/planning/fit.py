@@ -13,14 +13,14 @@ out never enter the fit; their errors are what a plan may expect.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from megatron_hbp.errors import DataError
 from megatron_hbp.planning.cost import CostModel, rule_shares
-from megatron_hbp.planning.exchange import backward_bytes, elements
+from megatron_hbp.planning.exchange import Exchange, backward_bytes, elements
 from megatron_hbp.planning.profile_memory import layers_by_local_tokens
 from megatron_hbp.planning.profile_table import ProfileHeader, ProfileRow, ProfileTable
 
@@ -74,14 +74,15 @@ def fit_profile(table: ProfileTable, *, name: str, held_out_every: int = HELD_OU
     coefficients = dict(zip(names, found.tolist(), strict=True))
     cost = _cost_model(name, table, coefficients)
     return ProfileFit(cost=cost, errors=tuple(
-        RowError(row=row, predicted=predicted_seconds(cost, row), held_out=bool(out))
+        RowError(row=row, predicted=predicted_seconds(cost, row, table.header.exchange), held_out=bool(out))
         for row, out in zip(rows, held, strict=True)
     ))  # fmt: skip
 
 
-def predicted_seconds(cost: CostModel, row: ProfileRow) -> float:
-    """What `cost` says of a row's pack."""
-    return float(cost.tier_cost(row.setting.tier).seconds(row.tokens, row.squares))
+def predicted_seconds(cost: CostModel, row: ProfileRow, exchange: Exchange) -> float:
+    """What `cost` says of a row's pack, which was exchanged by `exchange`."""
+    tier = replace(row.setting.tier, exchange=exchange)
+    return float(cost.tier_cost(tier).seconds(row.tokens, row.squares))
 
 
 def nonnegative_least_squares(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:

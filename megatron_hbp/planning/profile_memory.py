@@ -7,6 +7,7 @@ on a line through two readings.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,27 @@ def predict(table: ProfileTable, setting: Setting) -> Prediction:
     if limit is not None and peak is not None and peak > limit:
         return Prediction(peak, f"predicted {peak / 2**30:.2f} GiB, the limit is {limit / 2**30:.2f} GiB")
     return Prediction(peak, "")
+
+
+def with_limit(table: ProfileTable, limit: float | None) -> ProfileTable:
+    """`table` under another memory limit (bytes): measured rows are judged anew, predicted ones left out."""
+    if limit == table.memory_limit:
+        return table
+    rows = []
+    for row in table.rows:
+        if row.seconds is not None:
+            why = over_limit(row.peak_bytes, limit)
+            rows.append(replace(row, fits=not why, why=why))
+        elif row.why.startswith("out of memory"):  # whatever the limit
+            rows.append(row)
+    return replace(table, rows=tuple(rows), memory_limit=limit)
+
+
+def over_limit(peak_bytes: int | None, limit: float | None) -> str:
+    """Why a row that ran does not fit; empty where it does."""
+    if limit is None or peak_bytes is None or peak_bytes <= limit:
+        return ""
+    return f"took {peak_bytes / 2**30:.2f} GiB, over the limit"
 
 
 def peak_of(table: ProfileTable, local_tokens: int, cp_degree: int, recompute: str) -> float | None:
@@ -81,45 +103,51 @@ def layers_that_fit(
 ) -> int | None:
     """The fewest recomputed layers with which a pack of `tokens` at `cp_degree` fits into `limit` bytes.
 
-    c = c_max - free(c_max) / slope (Algorithm 4), from the two readings furthest apart that there are at this length;
-    None where even c_max does not fit, or where nothing was read.
+    c = c_max - free(c_max) / slope (Algorithm 4), from the two readings furthest apart that there are at this length,
+    and more than any count that was seen not to fit; None where even c_max does not fit, or where nothing was read.
     """
-    readings = {
-        row.setting.policy.num_layers: float(row.peak_bytes)
-        for row in rows
-        if row.tokens == tokens and row.cp_degree == cp_degree and row.shape == "one" and row.fits
-        and row.peak_bytes is not None and row.setting.policy.granularity != "selective"
-    }  # fmt: skip
-    if not readings:
+    here = _whole_layers(rows, tokens, cp_degree)
+    readings = {row.setting.policy.num_layers: float(row.peak_bytes) for row in here if row.peak_bytes is not None}
+    refused = [row.setting.policy.num_layers for row in here if row.peak_bytes is None and not row.fits]
+    if not readings or readings[max(readings)] > limit:
         return None
     least, most = min(readings), max(readings)
-    if readings[most] > limit:
-        return None
-    if readings[least] <= limit and least == 0:
-        return 0
-    if least == most:
-        return most
-    slope = (readings[least] - readings[most]) / (most - least)
-    if slope <= 0:
-        return most
-    fewest = most - math.floor((limit - readings[most]) / slope)
-    return min(max(fewest, 0), num_layers)
+    fewest = least
+    if readings[least] > readings[most]:
+        slope = (readings[least] - readings[most]) / (most - least)
+        fewest = max(most - math.floor((limit - readings[most]) / slope), 0)
+    if readings[least] <= limit:
+        fewest = min(fewest, least)  # seen to fit
+    return min(max([fewest, *(count + 1 for count in refused)]), num_layers)
+
+
+def _whole_layers(rows: Sequence[ProfileRow], tokens: int, cp_degree: int) -> list[ProfileRow]:
+    """Rows of one sample at this length and degree that recompute whole layers, or nothing."""
+    return [
+        row for row in rows
+        if (row.tokens, row.cp_degree, row.shape) == (tokens, cp_degree, "one")
+        and row.setting.policy.granularity != "selective"
+    ]  # fmt: skip
 
 
 def layers_by_local_tokens(table: ProfileTable) -> tuple[tuple[int, int], ...]:
     """(local tokens, fewest recomputed layers that fit), growing in both: `CostModel.recompute_layers`.
 
-    Of several CP degrees with the same local tokens, the one that needs most counts. Empty without a limit.
+    Of several CP degrees with the same local tokens, the one that needs most counts; where nothing fits at one of them,
+    the table ends. Empty without a limit.
     """
     if table.memory_limit is None:
         return ()
     found: dict[int, int] = {}
+    too_many = math.inf
     for tokens, c in sorted({(row.tokens, row.cp_degree) for row in table.rows}):
         layers = layers_that_fit(table.rows, tokens, c, table.memory_limit, table.header.model.num_layers)
         if layers is not None:
             found[tokens // c] = max(layers, found.get(tokens // c, 0))
+        elif any(not row.fits for row in _whole_layers(table.rows, tokens, c)):
+            too_many = min(too_many, tokens // c)
     pairs, most = [], 0
-    for local in sorted(found):
+    for local in sorted(local for local in found if local < too_many):
         most = max(most, found[local])
         pairs.append((local, most))
     return tuple(pairs)

@@ -1,14 +1,14 @@
 """What `hbp profile` measured: one row a (packing length, CP degree, recompute, shape of pack), as versioned JSON.
 
 Seconds are those of the forward and backward of one micro-batch over the whole depth of the model: device time on CUDA,
-process CPU time on CPU, at the speed of the yardstick; the slowest rank's, the median of the repeats. Bytes are those
+process CPU time on CPU, at the speed of the yardstick; the median of the repeats, of a gang's slowest rank, of the
+median gang. Bytes are those
 of the fullest rank: on CUDA what the allocator reserves plus what lies outside it (communicators, context), on CPU what
 torch's allocator holds at its highest above what stood before (weights, gradients and optimizer are not in it).
 """
 
 import json
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_hbp.errors import ConfigError, DiskError
-from megatron_hbp.planning.exchange import AttentionShape, Exchange
+from megatron_hbp.planning.exchange import EXCHANGES, AttentionShape, Exchange
+from megatron_hbp.planning.json_values import check_attention, check_numbers
 from megatron_hbp.planning.types import Recompute, Tier, parse_tiers
 
 KIND = "hbp profile table"
@@ -167,23 +168,42 @@ def load(path: Path) -> ProfileTable:
     """Read a table. Raises ConfigError for a missing or damaged file, another kind or another version."""
     values = read_json(path, KIND, VERSION, "profile it again with `hbp profile` into another file")
     try:
-        header = dict(values["header"])
-        model = dict(header.pop("model"))
-        attention = AttentionShape(**model.pop("attention"))
-        rows = tuple(_row(row) for row in values["rows"])
-        limit = values["memory_limit"]
+        check_numbers(values, ("memory_limit", "yardstick"), none=True)
+        header = _header(values["header"])
         return ProfileTable(
-            header=ProfileHeader(model=ModelFacts(attention=attention, **model), **header), rows=rows,
-            memory_limit=None if limit is None else float(limit), yardstick=values["yardstick"],
+            header=header, rows=tuple(_row(row, header.model.num_layers) for row in values["rows"]),
+            memory_limit=values["memory_limit"], yardstick=values["yardstick"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ConfigError(f"profile table {path} is damaged ({error}); delete it and profile again") from error
 
 
-def _row(values: dict[str, Any]) -> ProfileRow:
+def _header(values: dict[str, Any]) -> ProfileHeader:
+    header = dict(values)
+    model = dict(header.pop("model"))
+    attention = dict(model.pop("attention"))
+    check_attention(attention)
+    check_numbers(model, ("num_layers",), least=1, whole=True)
+    check_numbers(model, ("linear_flops", "attention_flops"))
+    check_numbers(header, ("supervised", "logits_bytes"))
+    check_numbers(header, ("logits_rows",), whole=True)
+    names = ("world", "data_parallel", "tensor_parallel", "pipeline_parallel", "expert_parallel", "node_size")
+    check_numbers(header["layout"], names, least=1, whole=True)
+    if header["exchange"] not in EXCHANGES:
+        raise ValueError(f"exchange is {header['exchange']!r}")
+    return ProfileHeader(model=ModelFacts(attention=AttentionShape(**attention), **model), **header)
+
+
+def _row(values: dict[str, Any], num_layers: int) -> ProfileRow:
+    check_numbers(values, ("tokens", "cp_degree"), least=1, whole=True)
+    check_numbers(values, ("squares", "repeats"), whole=True)
+    check_numbers(values, ("spread",))
+    check_numbers(values, ("seconds", "peak_bytes", "saved_bytes"), none=True)
     row = ProfileRow(**values)
     if (
-        str(row.setting.policy) != row.recompute
+        not isinstance(row.fits, bool)
+        or row.setting.policy.num_layers > num_layers
+        or str(row.setting.policy) != row.recompute
         or row.setting.squares != row.squares
         or (row.fits and not (row.seconds and row.seconds > 0))
     ):
@@ -199,11 +219,6 @@ def check_header(found: ProfileHeader, wanted: ProfileHeader, path: Path) -> Non
         raise ConfigError(
             f"profile table {path} was measured otherwise ({told}): give another --hbp-profile-out, or delete it"
         )
-
-
-def local_lengths(rows: Sequence[ProfileRow]) -> list[int]:
-    """Local tokens of the rows, each once, growing."""
-    return sorted({row.tokens // row.cp_degree for row in rows})
 
 
 def write_json(values: dict[str, Any], path: Path, what: str, flag: str) -> None:
@@ -226,8 +241,8 @@ def read_json(path: Path, kind: str, version: int, remedy: str) -> dict[str, Any
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: no JSON ({error}); {remedy}") from error
     if not isinstance(values, dict) or values.get("kind") != kind:
         raise ConfigError(f"{path} is not a {kind[4:]}; {remedy}")

@@ -75,6 +75,8 @@ class Selection:
     """Seconds that no plan can beat (quality.lower_bound), of the samples planned."""
     num_samples: int
     """Samples that the candidates were planned with."""
+    paper_refused: str = ""
+    """Why the paper's choice is not among them."""
 
     @property
     def chosen(self) -> Tried:
@@ -143,8 +145,10 @@ def select_joint(
     _check_reach(longest, memory, degrees, cost)
     draw = np.random.default_rng(seed).permutation(lengths)[:MAX_PLANNED] if len(lengths) > MAX_PLANNED else lengths
     candidates: dict[tuple[Tier, ...], str] = {}
-    paper = _paper(rows, longest) if rows else paper_tiers(lengths, cost, memory, longest, degrees)
-    if paper and (not equal_local_tokens or len({tier.local_tokens for tier in paper}) == 1):
+    paper, refused = _paper(rows or rows_for_paper(lengths, cost, memory, longest, degrees), longest)
+    if paper and equal_local_tokens and len({tier.local_tokens for tier in paper}) > 1:
+        refused = "the paper's tiers do not keep equal local tokens here; leave --equal-local-tokens out"
+    elif paper:
         candidates[paper] = "paper"
     settings = nodes(grid(longest, degrees, memory), degrees, memory, selective, cost=cost, lengths=lengths)
     for demand in {equal_local_tokens, True}:
@@ -163,20 +167,25 @@ def select_joint(
         )  # fmt: skip
         tried.append(account(plan, cost, source))
     tried.sort(key=lambda one: (one.seconds, len(one.tiers)))
+    bound = lower_bound(
+        draw, cost, num_ranks, settings=[*((n, layers(c)) for n, c in memory), *selective], degrees=degrees,
+        num_steps=min(one.metrics.num_steps for one in tried),
+    )  # fmt: skip
     return Selection(
         tiers=simplest(tried).tiers,
         tried=tuple(tried),
-        bound=lower_bound(draw, cost, num_ranks, settings=[*((n, layers(c)) for n, c in memory), *selective]),
+        bound=bound,
         num_samples=len(draw),
+        paper_refused=refused,
     )
 
 
-def _paper(rows: Sequence[ProfileRow], longest: int) -> tuple[Tier, ...]:
-    """The paper's choice from measured rows, empty where none is long enough: ours may go between and beyond them."""
+def _paper(rows: Sequence[ProfileRow], longest: int) -> tuple[tuple[Tier, ...], str]:
+    """(the paper's choice, ""), or ((), why there is none): ours may go between the lengths of `rows` and beyond."""
     try:
-        return select_paper(rows, longest)
-    except ConfigError:
-        return ()
+        return select_paper(rows, longest), ""
+    except ConfigError as error:
+        return (), str(error)
 
 
 def simplest(tried: Sequence[Tried]) -> Tried:
@@ -187,18 +196,19 @@ def simplest(tried: Sequence[Tried]) -> Tried:
     return min(near, key=lambda one: (not one.has_equal_local_tokens, len(one.tiers), one.seconds))
 
 
-def paper_tiers(
+def rows_for_paper(
     lengths: np.ndarray, cost: CostModel, memory: MemoryTable, longest: int, degrees: Sequence[int]
-) -> tuple[Tier, ...]:
-    """The paper's choice where there is no profile: powers of two from 8K on, timed by the cost model."""
+) -> tuple[ProfileRow, ...]:
+    """What the paper's stage 1 reads where there is no profile: powers of two from 8K on, timed by the cost model."""
     top = max(PAPER_SHORTEST, 1 << (longest - 1).bit_length())
     powers = [1 << k for k in range(PAPER_SHORTEST.bit_length() - 1, top.bit_length())]
     reach = max(local for local, _ in memory) * max(degrees)
     unit = int(np.lcm.reduce([256, *degrees]))
     # A longest length that does not fit rounded up to a power of two is tried as it is.
-    tops = [length for length in powers if length <= reach] or [PAPER_SHORTEST]
-    tops += [] if tops[-1] >= longest else [min(reach, -(-longest // unit) * unit)]
-    return select_paper(rows_of_cost(cost, tops, degrees=degrees, memory=memory, sample_lengths=lengths), longest)
+    tops = [length for length in powers if length <= reach]
+    if not tops or tops[-1] < longest:
+        tops.append(min(reach // unit * unit, -(-longest // unit) * unit) or PAPER_SHORTEST)
+    return rows_of_cost(cost, tops, degrees=degrees, memory=memory, sample_lengths=lengths)
 
 
 def account(plan: Plan, cost: CostModel, source: str) -> Tried:

@@ -7,8 +7,9 @@ import numpy as np
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.profile_memory import layers_by_local_tokens
 from megatron_hbp.planning.profile_table import ProfileTable
-from megatron_hbp.planning.select import MemoryTable, ProfileRow, mean_length, memory_table
+from megatron_hbp.planning.select import MemoryTable, ProfileRow, allowed_degrees, mean_length, memory_table
 from megatron_hbp.planning.types import Recompute
 
 
@@ -23,7 +24,7 @@ class Profiled:
     selective: tuple[tuple[int, Recompute], ...]
     """(local tokens up to which it fits, selective policy)."""
     degrees: tuple[int, ...]
-    """CP degrees that were measured and divide the ranks."""
+    """CP degrees that were measured, divide the ranks and are divisors of the heads (a2a)."""
 
 
 def profiled(table: ProfileTable, cost: CostModel, sample_lengths: np.ndarray, num_ranks: int) -> Profiled:
@@ -33,11 +34,17 @@ def profiled(table: ProfileTable, cost: CostModel, sample_lengths: np.ndarray, n
     the summed squares of these samples. Raises ConfigError where no CP degree of the table divides the ranks, or none
     of its settings fits.
     """
-    degrees = tuple(sorted({row.cp_degree for row in table.rows if num_ranks % row.cp_degree == 0}))
+    if cost.num_layers != table.header.model.num_layers:
+        raise ConfigError(
+            f"the profile is of a model of {table.header.model.num_layers} layers, cost model {cost.name} of one of "
+            f"{cost.num_layers}; leave --cost out, the profile has its own"
+        )
+    measured = {row.cp_degree for row in table.rows}
+    degrees = tuple(sorted(measured & set(allowed_degrees(cost, num_ranks))))
     if not degrees:
         raise ConfigError(
-            f"no CP degree of the profile divides {num_ranks} ranks; profile others (hbp profile --cp), or plan for "
-            "another number of ranks"
+            f"no CP degree of the profile divides {num_ranks} ranks and the heads; profile others (hbp profile --cp), "
+            "or plan for another number of ranks"
         )
     rows = []
     for row in table.rows:
@@ -51,7 +58,7 @@ def profiled(table: ProfileTable, cost: CostModel, sample_lengths: np.ndarray, n
         squares = int(row.tokens * mean_length(sample_lengths, row.tokens))
         seconds = row.seconds * modelled.seconds(row.tokens, squares) / modelled.seconds(row.tokens, row.squares)
         rows.append(ProfileRow(length=row.tokens, cp_degree=row.cp_degree, recompute=policy, seconds=float(seconds)))
-    memory = cost.recompute_layers or memory_table(rows)
+    memory = layers_by_local_tokens(table) or memory_table(rows)
     if not memory:
         raise ConfigError("no setting of the profile fits into memory; profile shorter lengths or higher CP degrees")
     return Profiled(rows=tuple(rows), memory=memory, selective=_selective(rows), degrees=degrees)

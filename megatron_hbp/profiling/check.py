@@ -13,7 +13,7 @@ from megatron_hbp.planning import planfile
 from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.profile_table import write_json
-from megatron_hbp.profiling.measure import DoesNotFitError, gangs_by_rank, time_repeats
+from megatron_hbp.profiling.measure import DoesNotFitError, RanksStuckError, gangs_by_rank, time_repeats
 from megatron_hbp.profiling.progress import counted
 from megatron_hbp.profiling.session import Session
 
@@ -30,12 +30,8 @@ class Checked:
     measured: np.ndarray
 
 
-def check_plan(session: Session, path: Path, cost: CostModel | None) -> Checked | None:
-    """Run every slot of a plan `REPEATS` times; rank 0 (which has `cost`) writes and prints. Collective.
-
-    Raises:
-        PlanError: the plan is for another number of ranks, or does not fit into memory.
-    """
+def load_plan(session: Session, path: Path) -> Plan:
+    """The plan to check. Raises PlanError where it is for other ranks, or has a CP degree that is not measured."""
     plan = planfile.load(path)
     if plan.num_ranks != session.num_ranks:
         raise PlanError(
@@ -45,13 +41,23 @@ def check_plan(session: Session, path: Path, cost: CostModel | None) -> Checked 
     missing = sorted({tier.cp_degree for tier in plan.tiers} - {1} - set(session.groups.by_degree))
     if missing:
         raise PlanError(f"--hbp-profile-check {path} has CP degree {missing[0]}: add it to --hbp-profile-cp")
-    slots = [(step, slot) for step in range(plan.num_steps) for slot in range(int(plan.num_micro_batches[step]))]
+    return plan
+
+
+def check_plan(session: Session, plan: Plan, path: Path, cost: CostModel) -> Checked | None:
+    """Run every slot of the plan of `path` `REPEATS` times; rank 0 writes and prints. Collective.
+
+    Raises:
+        PlanError: the plan does not fit into memory.
+    """
+    # not those of dummy micro-batches alone
+    slots = sorted(set(zip(plan.pack_step.tolist(), plan.pack_slot.tolist(), strict=True)))
     times: dict[tuple[int, int], list[float]] = {at: [] for at in slots}
     # all slots in turn, and again: repeats in a row would share the machine's mood
     for turn, at in counted([(turn, at) for turn in range(REPEATS + 1) for at in slots], "checking the plan's packs"):
         try:
             (seconds,) = time_repeats(session, session.feed(_slot(plan, *at)), repeats=1)
-        except DoesNotFitError as error:
+        except (DoesNotFitError, RanksStuckError) as error:
             raise PlanError(f"--hbp-profile-check {path}: step {at[0]}, slot {at[1]} does not fit") from error
         if turn:  # the first one warms up
             times[at].append(seconds)
@@ -61,9 +67,11 @@ def check_plan(session: Session, path: Path, cost: CostModel | None) -> Checked 
         for pack in np.flatnonzero((plan.pack_step == step) & (plan.pack_slot == slot)):
             first = int(plan.pack_rank0[pack])
             measured[pack] = ranks[first : first + int(plan.pack_cp[pack])].max()
-    if cost is None or dist.get_rank():
+    if dist.get_rank():
         return None
-    predicted = cost.pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
+    # a cost model prices an exchange that a tier leaves open as a2a; what ran is the profile's
+    tiers = [replace(tier, exchange=session.header.exchange) for tier in plan.tiers]
+    predicted = cost.pack_seconds(tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
     checked = Checked(plan=plan, predicted=predicted, measured=measured)
     _write(checked, session.options.out, path)
     from megatron_hbp.report.profile_tables import print_check

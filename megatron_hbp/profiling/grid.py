@@ -32,7 +32,7 @@ def parse_policies(text: str | None, num_layers: int) -> tuple[Recompute, ...]:
             (tier,) = parse_tiers(f"1:cp1:{word.strip()}")
         except ConfigError:
             tier = None
-        if tier is None or str(tier) != f"1:cp1:{word.strip()}".removesuffix(":none"):
+        if tier is None or str(tier.recompute) != word.strip():  # other options of a tier (layout, kernel)
             raise ConfigError(f"--hbp-profile-recompute {word!r}: none, fullN or sel=MODULE+MODULE, comma-separated")
         policy = tier.recompute
         if policy.num_layers > num_layers:

@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from megatron_hbp.errors import DataError, HbpError, StopRequested
 from megatron_hbp.planning import cost_file, profile_table
 from megatron_hbp.planning.fit import ProfileFit, fit_profile
-from megatron_hbp.planning.profile_memory import predict
+from megatron_hbp.planning.profile_memory import predict, with_limit
 from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable, Setting
 from megatron_hbp.profiling.options import ProfileOptions, implied_flags
 from megatron_hbp.training.main import fail, leave, platform_flags
@@ -41,32 +42,40 @@ def run(argv: list[str]) -> ProfileTable:
     from megatron_hbp.profiling.session import build
 
     session = build(options)
-    table = _fill(session, _begin(session))
-    fit = _fit(table, options) if dist.get_rank() == 0 else None
-    if options.check is not None:
-        from megatron_hbp.profiling.check import check_plan
+    from megatron_hbp.profiling.check import check_plan, load_plan
 
-        check_plan(session, options.check, fit.cost if fit else None)
+    plan: Any = None
+    if options.check is not None:
+        plan = _from_rank_0(session, partial(load_plan, session, options.check))
+    table = _fill(session, _begin(session))
+    fitted: list[Any] = [_fit(table, options) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(fitted, src=0, group=session.control)
+    if plan is not None and options.check is not None and fitted[0] is not None:
+        check_plan(session, plan, options.check, fitted[0].cost)
     leave()
     return table
 
 
 def _begin(session: Any) -> ProfileTable:
     """The table as it is on disk, or an empty one; rank 0 reads, all get the same."""
-    options: ProfileOptions = session.options
+    table: ProfileTable = _from_rank_0(session, partial(_open, session.options, session))
+    if session.yardstick is not None:
+        session.yardstick.reference = table.yardstick
+    return table
+
+
+def _from_rank_0(session: Any, read: Callable[[], Any]) -> Any:
+    """What `read` returns on rank 0; a known error ends all ranks in one line. Collective over the world."""
     result: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            result = [_open(options, session)]
+            result = [read()]
         except HbpError as error:
             result = [error]
     dist.broadcast_object_list(result, src=0, group=session.control)
     if isinstance(result[0], HbpError):
         _fail_together(result[0])
-    table: ProfileTable = result[0]
-    if session.yardstick is not None:
-        session.yardstick.reference = table.yardstick
-    return table
+    return result[0]
 
 
 def _open(options: ProfileOptions, session: Any) -> ProfileTable:
@@ -75,7 +84,7 @@ def _open(options: ProfileOptions, session: Any) -> ProfileTable:
     if options.out.exists():
         found = profile_table.load(options.out)
         profile_table.check_header(found.header, session.header, options.out)
-        table = replace(found, memory_limit=session.memory_limit)
+        table = with_limit(found, session.memory_limit)
     if options.failure_note.exists():
         tokens, degree, recompute, shape = options.failure_note.read_text(encoding="utf-8").split()
         failed: Any = Setting(tokens=int(tokens), cp_degree=int(degree), recompute=recompute, shape=shape)  # type: ignore[arg-type]
@@ -98,8 +107,7 @@ def _fill(session: Any, table: ProfileTable) -> ProfileTable:
     unit = args.tensor_model_parallel_size if args.sequence_parallel else 1
     every = settings(options.lengths, degrees, session.policies, unit=unit, most_local=options.most_local)
     missing = [setting for setting in every if table.find(setting) is None]
-    if missing:
-        _warm_up(session, missing[0])
+    is_warm = False
     with Progress(every, missing, table.header.model, show=dist.get_rank() == 0) as progress:
         for setting in missing:
             refused = predict(table, setting).refused
@@ -107,27 +115,19 @@ def _fill(session: Any, table: ProfileTable) -> ProfileTable:
                 row = _refused(setting, refused)
             else:
                 try:
-                    row = measure(session, setting)
+                    row, is_warm = measure(session, setting, is_warm=is_warm), True
                 except RanksStuckError:
                     _stop(options, setting)
                 except RuntimeError:
                     if options.failure_note.exists():  # a rank out of memory has left; the launcher ends this one
                         time.sleep(30)
-                        os._exit(StopRequested.exit_code)
+                        fail(StopRequested("a rank ran out of memory; its row is noted"), PROGRAM)  # on another node
                     raise
             table = table.with_row(row)
             if dist.get_rank() == 0:
                 profile_table.save(table, options.out)
             progress.advance(row)
     return table
-
-
-def _warm_up(session: Any, setting: Setting) -> None:
-    """Threads, rotary tables and libraries are made at first use: they belong to no row."""
-    from megatron_hbp.profiling.packs import plan_of_one_pack
-
-    session.clear_gradients()
-    session.forward_backward(session.feed(plan_of_one_pack(setting.sample_lengths(), setting.tier, session.num_ranks)))
 
 
 def _refused(setting: Setting, why: str) -> ProfileRow:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_hbp.planning.profile_memory import over_limit
 from megatron_hbp.planning.profile_table import ProfileRow, Setting
 from megatron_hbp.profiling.packs import plan_of_one_pack
 from megatron_hbp.profiling.session import Session
@@ -23,6 +24,10 @@ LEAST_REPEATS, MOST_REPEATS = 3, 10
 """The paper times 3 to 10 iterations."""
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed", "cuda calloc")
+"""In errors of CUDA, Triton and torch's CPU allocator, cuBLAS, NCCL (lower case)."""
+
+
 class DoesNotFitError(Exception):
     """A rank ran out of memory and all ranks know."""
 
@@ -31,8 +36,12 @@ class RanksStuckError(Exception):
     """This rank ran out of memory in the middle of an exchange, the others wait for it there: start all anew."""
 
 
-def measure(session: Session, setting: Setting) -> ProfileRow:
-    """One row. Collective over the world. Raises RanksStuckError."""
+def measure(session: Session, setting: Setting, *, is_warm: bool) -> ProfileRow:
+    """One row. Collective over the world. Raises RanksStuckError.
+
+    Threads, rotary tables and libraries are made at first use and belong to no row: where nothing has run yet
+    (`is_warm` is False), one run more goes before.
+    """
     row: dict[str, Any] = {"tokens": setting.tokens, "cp_degree": setting.cp_degree, "recompute": setting.recompute,
                            "shape": setting.shape, "squares": setting.squares}  # fmt: skip
     nothing: dict[str, Any] = {"seconds": None, "repeats": 0, "spread": 0.0, "peak_bytes": None, "saved_bytes": None}
@@ -41,6 +50,8 @@ def measure(session: Session, setting: Setting) -> ProfileRow:
     is_weighed = session.on_cuda or setting.shape == "one"
     peak = saved = None
     try:
+        if not is_warm:
+            time_repeats(session, feed, repeats=1)
         if is_weighed:
             peak, saved = weigh(session, feed)
         else:
@@ -51,10 +62,10 @@ def measure(session: Session, setting: Setting) -> ProfileRow:
     finally:
         _release(session)
     seconds, spread = gang_seconds(session, times, setting.cp_degree)
-    over = session.memory_limit is not None and peak is not None and peak > session.memory_limit
+    why = over_limit(peak, session.memory_limit)
     return ProfileRow(
         **row, seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=peak,
-        saved_bytes=saved, fits=not over, why=f"took {(peak or 0) / 2**30:.2f} GiB, over the limit" if over else "",
+        saved_bytes=saved, fits=not why, why=why,
     )  # fmt: skip
 
 
@@ -165,7 +176,7 @@ def _out_of_memory(session: Session) -> Iterator[_State]:
     except (torch.OutOfMemoryError, MemoryError):
         state.failed = True
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error) and "CUDA out of memory" not in str(error):
+        if not any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
             raise
         state.failed = True
     if state.failed:

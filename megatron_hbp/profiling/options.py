@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,10 @@ class ProfileOptions:
                 raise ConfigError(f"--hbp-{name} is for training: `hbp profile` makes its own data; leave it out")
         if not 0 < args.hbp_profile_supervised <= 1:
             raise ConfigError(f"--hbp-profile-supervised {args.hbp_profile_supervised}: a share above 0, at most 1")
-        if args.hbp_profile_seconds <= 0 or (args.hbp_profile_memory or 1) <= 0:
-            raise ConfigError("--hbp-profile-seconds and --hbp-profile-memory must be above 0")
+        for name in ("seconds", "memory", "most_local", "patience"):
+            value = getattr(args, f"hbp_profile_{name}")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"--hbp-profile-{name.replace('_', '-')} {value:g} must be above 0")
         return ProfileOptions(
             lengths=parse_numbers(args.hbp_profile_lengths, "--hbp-profile-lengths"),
             cp_degrees=parse_numbers(args.hbp_profile_cp, "--hbp-profile-cp") if args.hbp_profile_cp else None,

@@ -73,12 +73,6 @@ class Session:
         """Whether a device is timed, or this process."""
         return self.device.type == "cuda"
 
-    @property
-    def ranks_meet(self) -> bool:
-        """Whether ranks wait for each other inside a micro-batch at CP degree 1 already."""
-        sizes = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
-        return any(self.header.layout[size] > 1 for size in sizes)
-
     def feed(self, plan: Plan) -> Feed:
         """Synthetic tokens for this rank's part of `plan`, again and again."""
         lengths = torch.zeros(plan.data.num_samples, dtype=torch.int64).numpy()

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from megatron_hbp.commands.plan import app
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import cost_file, load, profile_table
+from megatron_hbp.planning.cost import preset
 from megatron_hbp.planning.fit import fit_profile
 from megatron_hbp.planning.select import mean_length
 from megatron_hbp.planning.select_joint import select_joint
@@ -54,6 +55,18 @@ def test_without_a_limit_nothing_is_recomputed_and_no_more_fits_than_was_run():
         selective=found.selective,
     )  # fmt: skip
     assert all(tier.recompute == Recompute() and tier.local_tokens <= 4096 for tier in chosen.tiers)
+
+
+def test_another_models_cost_is_refused_and_memory_is_the_profiles_own():
+    with pytest.raises(ConfigError, match="of a model of 4 layers, cost model llama"):
+        profiled(table(), preset("llama3.1-8b-h100"), LENGTHS, 4)
+    generous = replace(PLANTED, recompute_layers=((131072, 0),))
+    assert profiled(table(), generous, LENGTHS, 4).memory[-1][0] == 4096
+
+
+def test_degrees_that_the_heads_do_not_allow_are_left_out():
+    six = replace(PLANTED, attention=replace(PLANTED.attention, num_query_heads=6))
+    assert profiled(table(), six, LENGTHS, 4).degrees == (1, 2)
 
 
 def test_what_was_seen_not_to_fit_is_not_chosen():
