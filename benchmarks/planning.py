@@ -56,8 +56,9 @@ def plan_for(lengths: np.ndarray, tiers: str, *, ranks: int = 32, slots: int = 1
 def over_bound(lengths: np.ndarray, plan: Plan, cost: CostModel = LLAMA) -> float:
     """Modelled epoch over the lower bound; settings allowed to the bound are those of the 8B profile."""
     bound = lower_bound(
-        lengths, cost, plan.num_ranks, settings=[(local, layers(count)) for local, count in LLAMA.recompute_layers]
-    )
+        lengths, cost, plan.num_ranks, num_steps=plan.num_steps,
+        settings=[(local, layers(count)) for local, count in LLAMA.recompute_layers],
+    )  # fmt: skip
     return plan_metrics(plan, cost).epoch_seconds / bound
 
 

@@ -1,11 +1,15 @@
 """The console command `hbp`: one sub-command a file in `commands/`, and one place where errors become exit codes."""
 
 import sys
+from typing import Any
 
 import typer
 
 from megatron_hbp.commands import plan, prepare, profile, simulate
-from megatron_hbp.errors import HbpError
+from megatron_hbp.errors import ConfigError, HbpError
+
+UsageError: Any = typer.BadParameter.__base__
+"""Every mistake in arguments. typer carries a click of its own, and exports this subclass alone."""
 
 app = typer.Typer(
     name="hbp",
@@ -23,10 +27,17 @@ app.command("simulate")(simulate.simulate_plan)
 def main() -> None:
     """Run `hbp`; a known error ends in one line on stderr and its exit code, never in a traceback."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except UsageError as error:
+        told, command = error.format_message(), error.ctx.command_path if error.ctx else "hbp"
+        # nothing was asked for, and the message is the help
+        print(told if "\n" in told else f"hbp: {told.rstrip('.')}; see `{command} --help`", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     except HbpError as error:
         print(f"hbp: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)  # interrupted
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def compare(
         seconds = seconds - cost.micro_batch_seconds * joined
     busy = rank_grid(plan, seconds)
     fixed = plan.num_steps * cost.step_seconds
-    wall = step_seconds(plan, busy).sum()
+    wall = step_seconds(plan, busy, least=cost.micro_batch_seconds).sum()
     waited = wall if plan.schedule == "lockstep" else wall_with_waits(plan, seconds)
     bound = lower_bound(plan.lengths, cost, num_ranks=plan.num_ranks, unit=unit, step_tokens=plan.step_tokens)
     return Comparison(

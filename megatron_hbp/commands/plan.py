@@ -13,11 +13,11 @@ from rich.progress import track
 
 from megatron_hbp.commands.auto import Select, auto_tiers, parse_memory
 from megatron_hbp.data.store import TokenStore
-from megatron_hbp.errors import ConfigError
+from megatron_hbp.errors import ConfigError, DiskError
 from megatron_hbp.planning import planfile, profile_table
 from megatron_hbp.planning.compare import Planner, contenders
 from megatron_hbp.planning.compare import compare as compare_all
-from megatron_hbp.planning.cost import DEFAULT_COST_MODEL
+from megatron_hbp.planning.cost import DEFAULT_COST_MODEL, CostModel
 from megatron_hbp.planning.cost_file import cost_file_of, cost_model
 from megatron_hbp.planning.inputs import PlanInput, read_lengths
 from megatron_hbp.planning.layout import Request
@@ -26,7 +26,7 @@ from megatron_hbp.planning.planner import check_lengths, check_ranks, make_plan,
 from megatron_hbp.planning.quality import lower_bound
 from megatron_hbp.planning.reschedule import epoch_seed, join_epochs, reschedule
 from megatron_hbp.planning.show import plan_rows
-from megatron_hbp.planning.types import Recompute, parse_tiers
+from megatron_hbp.planning.types import Recompute, Tier, parse_tiers
 from megatron_hbp.report.plan_tables import (
     comparison_table,
     counts_line,
@@ -68,7 +68,9 @@ Ranks = Annotated[int | None, typer.Option(help="Data-parallel ranks: world size
 Tiers = Annotated[str | None, typer.Option(help="For example 16384:cp1,131072:cp8.")]
 StepTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
 Cost = Annotated[str | None, typer.Option(help=f"Cost model or FILE.json; without it {DEFAULT_COST_MODEL}.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same data: same plan.")]
+PlansCost = Annotated[str | None, typer.Option(help="Cost model or FILE.json; without it the one the plan names.")]
+SlotMultiple = Annotated[int, typer.Option(min=1, help="Micro-batches of a step come in multiples of this.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same data: same plan.")]
 
 
 @app.callback()
@@ -86,7 +88,7 @@ def plan(
     loss_tokens: LossTokens = None,
     overlong: Annotated[Overlong, typer.Option(help="Samples longer than the longest tier.")] = Overlong.error,
     curriculum_steps: Annotated[int, typer.Option(min=0, help="Steps at the start with the short tier only.")] = 0,
-    slot_multiple: Annotated[int, typer.Option(min=1, help="Micro-batches of a step come in multiples of this.")] = 1,
+    slot_multiple: SlotMultiple = 1,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data, each in an order of its own.")] = 1,
     auto: Annotated[bool, typer.Option("--auto", help="Select the tiers, instead of --tiers.")] = False,
     profile: Annotated[
@@ -114,10 +116,11 @@ def plan(
         raise ConfigError(f"hbp plan needs {', '.join(missing)} too (--auto selects tiers); see `hbp plan --help`")
     _check_auto(tiers, auto, profile, hbp_select, equal_local_tokens, memory, longest)
     data = read_input(lengths, store, loss_tokens)
+    table = profile_table.load(profile) if profile else None
     model = cost_model(cost or (str(cost_file_of(profile)) if profile else DEFAULT_COST_MODEL))
     if tiers is None:
         wanted = auto_tiers(
-            check_lengths(data.lengths), model, table=profile_table.load(profile) if profile else None,
+            check_lengths(data.lengths), model, table=table,
             select=hbp_select or Select.joint, num_ranks=ranks,
             memory=parse_memory(memory) if memory is not None else None, step_tokens=step_tokens, longest=longest,
             overlong=overlong.value, equal_local_tokens=equal_local_tokens, schedule=schedule.value,
@@ -127,8 +130,9 @@ def plan(
         wanted = parse_tiers(tiers)
         if cost:  # a named cost model knows how much must be recomputed to fit into memory
             wanted = tuple(model.with_recompute(tier) for tier in wanted)
+            check_layers(wanted, model)
     common: dict[str, Any] = {"tiers": wanted, "num_ranks": ranks, "step_tokens": step_tokens, "cost": model}
-    common["overlong"] = overlong.value
+    common |= {"overlong": overlong.value, "longest": longest}
     passes = [
         make_plan(
             data.lengths, **common, seed=epoch_seed(seed, epoch), schedule=schedule.value, loss_tokens=data.loss_tokens,
@@ -139,7 +143,7 @@ def plan(
     ]  # fmt: skip
     made = join_epochs(passes)
     planfile.save(made, out)
-    naive = naive_plan(data.lengths, **common, seed=seed)
+    naive = join_epochs([naive_plan(data.lengths, **common, seed=epoch_seed(seed, epoch)) for epoch in range(epochs)])
     console = wide_console()
     console.print(tier_table(made))
     console.print(metrics_table({"HBP": made, f"naive, all in {wanted[-1].packing_length:,}": naive}, model))
@@ -167,6 +171,7 @@ def _check_auto(
 def show(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN")],
     format: Annotated[Format, typer.Option(help="jsonl: a line per step, micro-batch and CP gang.")] = Format.table,
+    cost: PlansCost = None,
 ) -> None:
     """Print a plan."""
     made = planfile.load(plan_file)
@@ -176,7 +181,7 @@ def show(
         return
     console = wide_console()
     console.print(tier_table(made))
-    console.print(metrics_table({"HBP": made}, cost_model(made.cost_model)))
+    console.print(metrics_table({"HBP": made}, cost_model(cost or made.cost_model)))
     console.print(counts_line(made))
 
 
@@ -186,10 +191,13 @@ def reschedule_plan(
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks from now on.")],
     out: Annotated[Path, typer.Option(help="Where the new plan goes.")],
     from_step: Annotated[int, typer.Option(help="First step that has not run yet.")] = 0,
+    slot_multiple: SlotMultiple = 1,
+    cost: PlansCost = None,
 ) -> None:
     """Lay the rest of a plan out for another number of ranks: same packs, same steps, each sample once."""
     made = planfile.load(plan_file)
-    changed = reschedule(made, num_ranks=ranks, cost=cost_model(made.cost_model), from_step=from_step)
+    model = cost_model(cost or made.cost_model)
+    changed = reschedule(made, num_ranks=ranks, cost=model, from_step=from_step, slot_multiple=slot_multiple)
     planfile.save(changed, out)
     console = wide_console()
     console.print(tier_table(changed))
@@ -206,7 +214,7 @@ def compare(
     step_tokens: Annotated[int, typer.Option(help="Tokens of one optimizer step.")] = 524288,
     cost: Annotated[str, typer.Option(help="Cost model.")] = DEFAULT_COST_MODEL,
     seed: Seed = 0,
-    max_samples: Annotated[int, typer.Option(help="Compare on a random draw of so many.")] = 50000,
+    max_samples: Annotated[int, typer.Option(min=1, help="Compare on a random draw of so many.")] = 50000,
     picture: Annotated[Path | None, typer.Option(help="Draw idle and epoch times to a PNG or SVG file.")] = None,
     peers: Annotated[Path | None, typer.Option(help="A Python file with more planners, PLANNERS = {name: f}.")] = None,
 ) -> None:
@@ -224,12 +232,18 @@ def compare(
         raise ConfigError(f"a sample of {values.max()} tokens does not fit the longest tier; add a longer tier")
     planners = contenders() | (_load_planners(peers) if peers else {})
     found = list(track(compare_all(values, request, planners), total=len(planners), description="planning"))
-    bound = lower_bound(values, model, ranks, settings=[] if model.recompute_layers else _settings(request))
+    bound = lower_bound(
+        values, model, ranks, settings=[] if model.recompute_layers else _settings(request),
+        num_steps=min(one.metrics.num_steps for one in found),
+    )  # fmt: skip
     console = wide_console()
     console.print(comparison_table(found, bound))
     console.print(f"{len(values):,} samples, {values.sum():,} tokens; seconds as modelled by {model.name}")
     if picture:
-        draw_comparison({one.name: one.metrics for one in found}, picture)
+        try:
+            draw_comparison({one.name: one.metrics for one in found}, picture)
+        except (OSError, ValueError) as error:
+            raise DiskError(f"picture could not be written to {picture}: {error}; use a .png or .svg path") from error
         console.print(f"picture written to {picture}")
 
 
@@ -241,7 +255,20 @@ def _settings(request: Request) -> list[tuple[int, Recompute]]:
 def _load_planners(path: Path) -> dict[str, Planner]:
     if not path.is_file():
         raise ConfigError(f"no file with planners at {path}")
-    return runpy.run_path(str(path))["PLANNERS"]
+    try:
+        found = runpy.run_path(str(path))["PLANNERS"]
+    except Exception as error:  # whatever that file does
+        raise ConfigError(f"{path} does not give PLANNERS = {{name: planner}}: {error!r}") from error
+    if not isinstance(found, dict) or not all(map(callable, found.values())):
+        raise ConfigError(f"{path}: PLANNERS is no dict of functions of (lengths, request)")
+    return found
+
+
+def check_layers(tiers: tuple[Tier, ...], model: CostModel) -> None:
+    """Raise ConfigError for a tier that recomputes more layers than the model has."""
+    for tier in tiers:
+        if tier.recompute.num_layers > model.num_layers:
+            raise ConfigError(f"tier {tier} recomputes more than the {model.num_layers} layers of {model.name}")
 
 
 def read_input(lengths: Path | None, store: Path | None, loss_tokens: Path | None) -> PlanInput:

@@ -47,4 +47,6 @@ def _read_npy(path: Path) -> np.ndarray:
         raise DataError(f"{path} is not a NumPy .npy file ({error}); write one with numpy.save") from error
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise DataError(f"{path} must hold a list of whole numbers, found {values.dtype} of shape {values.shape}")
+    if values.size and values.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{path}: entry {int(values.argmax())} is {values.max()}, more than a sample can have")
     return values.astype(np.int64)

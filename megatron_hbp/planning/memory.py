@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.pieces import recomputed_share
 from megatron_hbp.planning.pipeline import stage_orders
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.topology import ModelShape, Topology, parameters_of_gpu
@@ -92,8 +91,12 @@ def in_flight(held: np.ndarray, *, stage: int, num_stages: int, num_chunks: int 
 
 
 def token_bytes(tier: Tier, cost: CostModel, shape: ModelShape) -> float:
-    """Bytes that a local token of `tier` keeps from forward to backward over the whole depth."""
-    share = recomputed_share(tier.recompute, cost.num_layers)
+    """Bytes that a local token of `tier` keeps from forward to backward over the whole depth.
+
+    Shapes do not tell what a module keeps: recompute of modules counts as saving nothing.
+    """
+    whole = tier.recompute.granularity == "full"
+    share = min(tier.recompute.num_layers / cost.num_layers, 1.0) if whole else 0.0
     kept_input = 2.0 * shape.hidden
     per_layer = (1 - share) * shape.layer_bytes + share * kept_input
     return cost.num_layers * per_layer

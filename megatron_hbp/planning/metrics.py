@@ -45,7 +45,7 @@ def plan_metrics(plan: Plan, cost: CostModel) -> PlanMetrics:
     token_grid = rank_grid(plan, tokens / width)
     seconds = cost.pack_seconds(plan.tiers, plan.pack_tier, tokens, squares)
     busy = rank_grid(plan, seconds)
-    wall = step_seconds(plan, busy)
+    wall = step_seconds(plan, busy, least=cost.micro_batch_seconds)
     local = max((tier.packing_length for tier in plan.tiers if tier.cp_degree == 1), default=0)
     total = max(int(tokens.sum()), 1)
     return PlanMetrics(
@@ -71,12 +71,15 @@ def rank_grid(plan: Plan, values: np.ndarray) -> np.ndarray:
     return np.where(slots >= 0, values[np.maximum(slots, 0)], 0.0)
 
 
-def step_seconds(plan: Plan, busy: np.ndarray) -> np.ndarray:
-    """Wall seconds of each step [steps] given `busy` [iterations, ranks]: a barrier per slot, or per step for gang."""
+def step_seconds(plan: Plan, busy: np.ndarray, *, least: float) -> np.ndarray:
+    """Wall seconds of each step [steps] given `busy` [iterations, ranks]: a barrier per slot, or per step for gang.
+
+    A slot takes `least` seconds where all ranks run dummies.
+    """
     starts = np.cumsum(plan.num_micro_batches) - plan.num_micro_batches
     if plan.schedule == "gang":
         return np.add.reduceat(busy, starts, axis=0).max(axis=1)
-    return np.add.reduceat(busy.max(axis=1), starts)
+    return np.add.reduceat(np.maximum(busy.max(axis=1), least), starts)
 
 
 def imbalance(grid: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hbp.errors import DiskError, PlanError
+from megatron_hbp.errors import ConfigError, DiskError, PlanError
 from megatron_hbp.planning.plan import COLUMNS, SCHEMA_VERSION, DataFingerprint, Plan
 from megatron_hbp.planning.types import Recompute, Tier
 
@@ -20,6 +20,8 @@ _DIGEST_SIZE = 32
 def save(plan: Plan, path: str | Path) -> None:
     """Write `plan` to `path`, whole or not at all. Raises DiskError."""
     path = Path(path)
+    if not path.name:
+        raise ConfigError(f"--out {str(path)!r} is no file; name one")
     body = plan.canonical_bytes()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -17,6 +17,11 @@ from megatron_hbp.planning.types import Tier, check_tiers
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["lockstep", "gang"]
 
+MOST_TOKENS = 2**31 - 1
+"""Of a sample and of a pack: plans keep lengths as int32."""
+MOST_STEP_TOKENS = 2**53
+"""Beyond that sums of tokens are no longer exact in float64."""
+
 
 def make_plan(
     lengths: np.ndarray,
@@ -30,6 +35,7 @@ def make_plan(
     loss_tokens: np.ndarray | None = None,
     repeats: np.ndarray | None = None,
     overlong: Overlong = "error",
+    longest: int | None = None,
     curriculum_steps: int = 0,
     slot_multiple: int = 1,
     store_fingerprint: str | None = None,
@@ -37,7 +43,8 @@ def make_plan(
     """Plan one epoch over samples of `lengths` int [n] tokens. Raises ConfigError and DataError.
 
     `loss_tokens` int [n] are the supervised tokens of each sample: steps are then alike in them too. `repeats` int [n]
-    says how often a sample occurs in the epoch (once without it). `curriculum_steps` steps at the start use the lowest
+    says how often a sample occurs in the epoch (once without it). Samples beyond the longest tier, or beyond `longest`
+    tokens, are `overlong`. `curriculum_steps` steps at the start use the lowest
     CP degree only. Steps get a multiple of `slot_multiple` slots (pipeline size, under interleaved pipelines).
     """
     lengths = check_lengths(lengths)
@@ -58,7 +65,8 @@ def make_plan(
         curriculum_steps=curriculum_steps,
         slot_multiple=slot_multiple,
     )
-    occurrences, counts = settle(lengths, loss_tokens, repeats, tiers[-1].packing_length, overlong)
+    limit = min(tiers[-1].packing_length, longest or MOST_TOKENS)
+    occurrences, counts = settle(lengths, loss_tokens, repeats, limit, overlong)
     rng = np.random.default_rng(seed)
     if schedule == "gang":
         packs, placement = gang_packs(occurrences, request, rng)
@@ -78,11 +86,12 @@ def naive_plan(
     seed: int = 0,
     cost: CostModel | None = None,
     overlong: Overlong = "error",
+    longest: int | None = None,
 ) -> Plan:
     """Everything packed (ISF) into the longest tier, packs in random order: what HBP is compared with."""
     return method_plan(
         lengths, tiers=tiers[-1:], num_ranks=num_ranks, step_tokens=step_tokens, seed=seed, cost=cost,
-        overlong=overlong, method=isf, balanced=False,
+        overlong=overlong, longest=longest, method=isf, balanced=False,
     )  # fmt: skip
 
 
@@ -97,6 +106,7 @@ def method_plan(
     seed: int = 0,
     cost: CostModel | None = None,
     overlong: Overlong = "error",
+    longest: int | None = None,
 ) -> Plan:
     """The paper's pipeline with any packing method: GroupData, pack, GreedyFill, and balance batching if `balanced`."""
     lengths = check_lengths(lengths)
@@ -106,7 +116,8 @@ def method_plan(
         tiers=tiers, num_ranks=num_ranks, step_tokens=step_tokens, seed=seed, schedule="lockstep",
         cost=cost or preset(DEFAULT_COST_MODEL), data=DataFingerprint.of(lengths),
     )  # fmt: skip
-    occurrences, counts = settle(lengths, None, None, tiers[-1].packing_length, overlong)
+    limit = min(tiers[-1].packing_length, longest or MOST_TOKENS)
+    occurrences, counts = settle(lengths, None, None, limit, overlong)
     rng = np.random.default_rng(seed)
     packs = filled_packs(occurrences.lengths, tiers, method, rng)
     placement = place_lockstep(packs, occurrences, request, rng, balanced=balanced)
@@ -122,13 +133,22 @@ def check_lengths(lengths: np.ndarray) -> np.ndarray:
         raise DataError("there are no samples to plan; the list of lengths is empty")
     if lengths.min() < 1:
         raise DataError(f"sample {int(lengths.argmin())} has length {int(lengths.min())}; lengths start at 1")
+    if lengths.max() > MOST_TOKENS:
+        raise DataError(
+            f"sample {int(lengths.argmax())} has length {int(lengths.max())}; a plan counts up to {MOST_TOKENS} tokens"
+        )
     return lengths.astype(np.int64)
 
 
 def check_ranks(tiers: tuple[Tier, ...], num_ranks: int, step_tokens: int) -> None:
     """Raise ConfigError unless gangs of every tier divide the ranks and steps hold something."""
-    if num_ranks < 1 or step_tokens < 1:
-        raise ConfigError(f"ranks and step tokens must be at least 1, got {num_ranks} and {step_tokens}")
+    if num_ranks < 1 or not 1 <= step_tokens <= MOST_STEP_TOKENS:
+        raise ConfigError(
+            f"ranks must be at least 1 and step tokens between 1 and {MOST_STEP_TOKENS}, got {num_ranks} and "
+            f"{step_tokens}"
+        )
+    if tiers[-1].packing_length > MOST_TOKENS:
+        raise ConfigError(f"tier {tiers[-1]}: a pack holds at most {MOST_TOKENS} tokens")
     for tier in tiers:
         if num_ranks % tier.cp_degree:
             raise ConfigError(

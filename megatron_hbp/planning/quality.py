@@ -15,26 +15,34 @@ from megatron_hbp.planning.types import Recompute, Tier, layers
 
 
 def lower_bound(
-    lengths: np.ndarray, cost: CostModel, num_ranks: int, *, settings: Sequence[tuple[int, Recompute]] = ()
+    lengths: np.ndarray,
+    cost: CostModel,
+    num_ranks: int,
+    *,
+    num_steps: int,
+    settings: Sequence[tuple[int, Recompute]] = (),
+    degrees: Sequence[int] = (),
 ) -> float:
     """Seconds that an epoch takes at least: every sample at its cheapest setting, all work divided evenly.
 
-    `settings` are the (local tokens, recompute) allowed, those of the cost model's profile without it. A
-    sample runs at the least power of two of ranks that holds it; the fixed cost of a micro-batch is shared by its
-    tokens. Steps are those of full micro-batches of the largest local tokens.
+    `settings` are the (local tokens, recompute) allowed, those of the cost model's profile without it, `degrees` the CP
+    degrees, powers of two without it. A sample runs at the least degree that holds it; the fixed cost of a micro-batch
+    is shared by its tokens, that of `num_steps` steps is added.
     """
     settings = settings or [(local, layers(count)) for local, count in cost.recompute_layers]
     best = np.full(len(lengths), np.inf)
     for local_tokens, recompute in settings:
-        degrees = 2 ** np.ceil(np.log2(np.maximum(lengths / local_tokens, 1))).astype(np.int64)
-        for degree in np.unique(degrees):
-            tier = Tier(packing_length=local_tokens * int(degree), cp_degree=int(degree), recompute=recompute)
+        most = -(-int(lengths.max()) // local_tokens)
+        known = np.array(sorted(degrees) or 1 << np.arange(most.bit_length() + 1))
+        at = np.searchsorted(known * local_tokens, lengths)
+        for index in np.unique(at[at < len(known)]):
+            degree, here = int(known[index]), at == index
+            tier = Tier(packing_length=local_tokens * degree, cp_degree=degree, recompute=recompute)
             coefficients = cost.tier_cost(tier)
-            size = lengths[degrees == degree].astype(float)
+            size = lengths[here].astype(float)
             gang_seconds = degree * (coefficients.per_token * size + coefficients.per_square * size**2)
             shared = size * cost.micro_batch_seconds / local_tokens
-            best[degrees == degree] = np.minimum(best[degrees == degree], gang_seconds + shared)
-    num_steps = -(-int(lengths.sum()) // (num_ranks * max(local for local, _ in settings)))
+            best[here] = np.minimum(best[here], gang_seconds + shared)
     return float(best.sum() / num_ranks + num_steps * cost.step_seconds)
 
 

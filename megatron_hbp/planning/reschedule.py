@@ -13,12 +13,13 @@ from megatron_hbp.planning.planner import check_ranks
 from megatron_hbp.planning.schedule import balanced_slots
 
 
-def reschedule(plan: Plan, *, num_ranks: int, cost: CostModel, from_step: int = 0) -> Plan:
+def reschedule(plan: Plan, *, num_ranks: int, cost: CostModel, from_step: int = 0, slot_multiple: int = 1) -> Plan:
     """What is left of `plan` from `from_step` on, for `num_ranks` ranks: same packs, same steps, other slots and ranks.
 
     Each sample that has not run yet runs exactly once; step 0 of the new plan is `from_step` of the old one. Raises
     PlanError for a step outside the plan, ConfigError for ranks that the tiers do not divide. On more ranks than
     before, steps that no longer fill a slot leave ranks idle (counted as dummies): a larger step would change training.
+    Steps get a multiple of `slot_multiple` slots, as in `make_plan`.
     """
     if not 0 <= from_step < plan.num_steps:
         raise PlanError(f"step {from_step} is outside the plan, which has {plan.num_steps} steps")
@@ -34,7 +35,7 @@ def reschedule(plan: Plan, *, num_ranks: int, cost: CostModel, from_step: int = 
     for index, (start, end) in enumerate(zip(np.append(0, ends[:-1]), ends, strict=True)):
         packs = slice(first + start, first + end)
         slot[start:end], rank0[start:end] = balanced_slots(seconds[packs], plan.pack_cp[packs], num_ranks)
-        counts[index] = slot[start:end].max() + 1
+        counts[index] = -(-(slot[start:end].max() + 1) // slot_multiple) * slot_multiple
     return _rebuilt(plan, first, step, slot, rank0, counts, num_ranks)
 
 

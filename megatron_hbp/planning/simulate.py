@@ -20,7 +20,15 @@ from megatron_hbp.planning.metrics import rank_grid
 from megatron_hbp.planning.pieces import Pieces, pack_pieces
 from megatron_hbp.planning.pipeline import makespan
 from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.topology import ModelShape, Topology, check_fit, gradient_sync, place_cost, shape_of
+from megatron_hbp.planning.topology import (
+    ModelShape,
+    Topology,
+    check_exchanges,
+    check_fit,
+    gradient_sync,
+    place_cost,
+    shape_of,
+)
 
 CAUSES = ("imbalance", "exchange", "expert all-to-all", "pipeline bubble", "gradient sync", "optimizer")
 """What a GPU does when it does not compute."""
@@ -47,6 +55,8 @@ class Simulation:
     """float64 [steps]: exposed seconds of the gradient sync."""
     hops: np.ndarray
     """float64 [slots of all steps]: seconds from a stage to the next."""
+    contention_seconds: float
+    """Rank-seconds, of one stage, that CP and EP cost each other on the links they share."""
     num_tokens: int
     memory: Memory | None
     """None where the model's shape is unknown."""
@@ -65,11 +75,6 @@ class Simulation:
     def tokens_per_gpu_second(self) -> float:
         """Real tokens a second and GPU."""
         return self.num_tokens / self.epoch_seconds / self.topology.num_gpus
-
-    @property
-    def contention_seconds(self) -> float:
-        """GPU-seconds of one rank's average device that CP and EP cost each other on the links they share."""
-        return float(self.pieces.contention.sum()) / self.topology.pp
 
     def hop(self, plan: Plan, step: int) -> np.ndarray:
         """Seconds [1, slots of the step] that activations take from a stage to the next."""
@@ -107,6 +112,7 @@ def simulate(plan: Plan, cost: CostModel, topology: Topology, *, shape: ModelSha
     check_fit(plan, cost, topology)
     shape = shape or shape_of(cost)
     placed = place_cost(cost, topology, shape)
+    check_exchanges(plan, placed)
     pieces = pack_pieces(
         plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares, cost=placed, topology=topology, shape=shape
     )
@@ -119,7 +125,7 @@ def simulate(plan: Plan, cost: CostModel, topology: Topology, *, shape: ModelSha
         slots = run
         ends = (np.zeros(plan.num_steps), np.zeros(plan.num_steps))  # no overlap: order of collectives differs by rank
     else:
-        slot = busy.max(axis=1)
+        slot = np.maximum(busy.max(axis=1), placed.micro_batch_seconds)  # of dummies alone
         forward = rank_grid(plan, pieces.forward)[np.arange(len(busy)), busy.argmax(axis=1)]
         run = _pipeline_seconds(plan, topology, forward, slot - forward, hop, starts)
         slots = np.add.reduceat(forward + (slot - forward), starts)
@@ -139,6 +145,7 @@ def simulate(plan: Plan, cost: CostModel, topology: Topology, *, shape: ModelSha
         bubble=run - slots / stages,
         sync=sync,
         hops=hop,
+        contention_seconds=float(pieces.contention @ plan.pack_cp) / stages,
         num_tokens=int(plan.pack_tokens.sum()),
         memory=memory_of(plan, placed, shape, topology) if shape else None,
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.exchange import AUTO, Exchange, refusal
 from megatron_hbp.planning.plan import Plan
 
 
@@ -130,16 +131,19 @@ def shape_of(cost: CostModel) -> ModelShape | None:
 def place_cost(cost: CostModel, topology: Topology, shape: ModelShape | None) -> CostModel:
     """`cost` for ranks of this topology: its node, its tensor parallel width, its expert all-to-all apart.
 
-    Per token, t GPUs take flops / (t rate) for GEMMs and exchange 8 hidden (t - 1) / t elements a layer and pass
+    Per token, t GPUs take flops / (t rate) for GEMMs and exchange 8 hidden (t - 1) / t bytes a layer and pass
     (all-gathers and reduce-scatters before and behind attention and MLP, with sequence parallelism, three passes).
     Raises ConfigError where the model's shape is needed and unknown.
     """
     cost = replace(cost, node_size=topology.ranks_per_node)
     if shape is None:
-        if topology.tp > 1 or topology.ep > 1:
+        if topology.tp != cost.tensor_parallel:
             raise ConfigError(
-                f"TP and EP of {cost.name} cannot be simulated: its shape is unknown; use a shipped model"
+                f"{cost.name} is the cost of ranks of {cost.tensor_parallel} GPUs, and its shape is unknown; set --tp "
+                f"{cost.tensor_parallel}, or use a shipped model"
             )
+        if topology.ep > 1:
+            raise ConfigError(f"EP of {cost.name} cannot be simulated: its shape is unknown; leave --ep out")
         return cost
     if topology.ep > 1 and not shape.num_moe_layers:
         raise ConfigError(f"{cost.name} has no experts; leave --ep out")
@@ -158,6 +162,7 @@ def place_cost(cost: CostModel, topology: Topology, shape: ModelShape | None) ->
         attention_rate=t * cost.attention_rate,
         node_bandwidth=t * cost.node_bandwidth,
         cluster_bandwidth=t * cost.cluster_bandwidth,
+        tensor_parallel=t,
     )
 
 
@@ -180,6 +185,20 @@ def check_fit(plan: Plan, cost: CostModel, topology: Topology) -> None:
             f"{int((plan.num_micro_batches % topology.pp > 0).argmax())} has others; "
             f"plan with --slot-multiple {topology.pp}"
         )
+
+
+def check_exchanges(plan: Plan, placed: CostModel) -> None:
+    """Raise ConfigError unless the heads of a rank (`placed` knows its TP) allow each tier's exchange."""
+    if placed.attention is None:
+        return
+    shape = placed.attention.on_tensor_parallel_rank(placed.tensor_parallel)
+    for tier in plan.tiers:
+        kind: Exchange = "a2a" if tier.exchange == AUTO else tier.exchange  # as it is priced
+        if tier.cp_degree > 1 and (why := refusal(kind, shape, tier.cp_degree)):
+            raise ConfigError(
+                f"tier {tier} cannot exchange by {kind} at TP {placed.tensor_parallel}: {why}; plan with a smaller CP "
+                "degree, or name another exchange in the tier (exchange=all_gather)"
+            )
 
 
 def parameters_of_gpu(shape: ModelShape, topology: Topology) -> tuple[float, float]:

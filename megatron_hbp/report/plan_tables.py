@@ -56,16 +56,19 @@ METRIC_ROWS = (
     ("CR   that long samples force", lambda m: f"{m.forced_cr:.4f}"),
     ("Ave-T tokens per rank and micro-batch", lambda m: f"{m.ave_t:,.0f}"),
     ("modelled idle at barriers", lambda m: f"{m.idle:.2%}"),
-    ("modelled epoch, seconds", lambda m: f"{m.epoch_seconds:,.1f}"),
+    ("modelled time of the plan, seconds", lambda m: f"{m.epoch_seconds:,.1f}"),
 )
 """(row label, how to print it from PlanMetrics)."""
 
 
 def counts_line(plan: Plan) -> str:
     """What did not fit, in one line."""
-    counts = plan.counts
+    counts, num_runs = plan.counts, len(plan.sample_ids)
+    planned = f"{num_runs:,} of {plan.data.num_samples:,} samples planned"
+    if num_runs > plan.data.num_samples:
+        planned = f"{plan.data.num_samples:,} samples planned {num_runs:,} times in all"
     return (
-        f"{len(plan.sample_ids):,} of {plan.data.num_samples:,} samples planned; {counts.get('dropped', 0):,} dropped, "
+        f"{planned}; {counts.get('dropped', 0):,} dropped, "
         f"{counts.get('truncated', 0):,} truncated; {counts.get('dummies', 0):,} dummy micro-batches of weight zero"
     )
 

@@ -14,8 +14,9 @@ def selection_table(selection: Selection, *, cost_model: str) -> Table:
     headings = ("", "tiers", "epoch, s", "over bound", "micro-batches", "recompute, s", "exchange, s", "idle", "equal")
     for heading in headings:
         table.add_column(
-            heading, justify="left" if heading in ("", "tiers") else "right", overflow="fold" if heading else "ellipsis"
-        )
+            heading, justify="left" if heading in ("", "tiers") else "right",
+            overflow="fold" if heading else "ellipsis", min_width=24 if heading == "tiers" else None,  # one tier's
+        )  # fmt: skip
     for one in selection.tried:
         table.add_row(*_cells(one, selection))
     table.caption = "equal: as many tokens on a rank in every tier (static shapes for pipelines)"

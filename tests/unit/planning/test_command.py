@@ -1,6 +1,7 @@
 """`hbp plan` as a user calls it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from typer.testing import CliRunner
 
 from megatron_hbp.commands.plan import app
 from megatron_hbp.errors import ConfigError, DataError, HbpError, PlanError
-from megatron_hbp.planning import load
+from megatron_hbp.planning import cost_file, load
+from megatron_hbp.planning.cost import preset
 from tests.distributed.conftest import write_store
 
 RNG = np.random.default_rng(0)
@@ -52,6 +54,28 @@ def test_a_damaged_store_is_not_planned(tmp_path):
     assert isinstance(run("--store", store.path, *OPTIONS, "--out", tmp_path / "PLAN").exception, DataError)
 
 
+def test_epochs_are_compared_with_as_many_naive_ones(files):
+    once, thrice = (
+        run("--lengths", files / "lengths.npy", *OPTIONS, "--out", files / "PLAN", "--epochs", n).output for n in (1, 3)
+    )
+    seconds = [
+        [float(cell.replace(",", "")) for cell in line.split("│")[2:4]]
+        for line in (once + thrice).splitlines() if "modelled time" in line
+    ]  # fmt: skip
+    assert seconds[1] == pytest.approx([3 * value for value in seconds[0]], rel=0.02)
+    assert "320 samples planned 960 times in all" in thrice
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_auto_plans_what_it_selected_for(files, overlong):
+    options = ["--ranks", "4", "--step-tokens", "16384", "--auto", "--longest", 1500, "--overlong", overlong]
+    done = run("--lengths", files / "lengths.npy", *options, "--out", files / "PLAN")
+    assert done.exit_code == 0, done.output
+    plan = load(files / "PLAN")
+    assert plan.lengths.max() == (LENGTHS[LENGTHS <= 1500].max() if overlong == "drop" else 1500)
+    assert len(plan.lengths) == ((LENGTHS <= 1500).sum() if overlong == "drop" else len(LENGTHS))
+
+
 def test_a_named_cost_model_brings_its_recompute(files):
     tiers = ["--ranks", "8", "--tiers", "16384:cp1,131072:cp8", "--step-tokens", "131072"]
     run("--lengths", files / "lengths.npy", *tiers, "--cost", "llama3.1-8b-h100", "--out", files / "PLAN")
@@ -64,6 +88,16 @@ def test_reschedule(files):
     assert done.exit_code == 0, done.output
     old, new = load(files / "PLAN"), load(files / "NEW")
     assert new.num_ranks == 8 and new.num_steps == old.num_steps - 2
+    run("reschedule", files / "PLAN", "--ranks", 8, "--slot-multiple", 4, "--out", files / "NEW")
+    assert (load(files / "NEW").num_micro_batches % 4 == 0).all()
+
+
+def test_a_plan_whose_cost_file_is_elsewhere_can_be_shown(files):
+    cost_file.save(replace(preset("llama3.1-8b-h100"), recompute_layers=()), files / "c.json")
+    run("--lengths", files / "lengths.npy", *OPTIONS, "--cost", files / "c.json", "--out", files / "PLAN")
+    (files / "c.json").rename(files / "moved.json")
+    assert "or name another with --cost" in str(run("show", files / "PLAN").exception)
+    assert run("show", files / "PLAN", "--cost", files / "moved.json").exit_code == 0
 
 
 def test_compare(files):
@@ -92,6 +126,21 @@ def broken(files, name, values):
         (lambda f: ["--lengths", f / "lengths.npy", "--store", f], ConfigError, "either --lengths"),
         (lambda f: ["--store", f / "none"], DataError, "no such token store"),
         (lambda f: ["--store", f, "--loss-tokens", f / "loss_tokens.npy"], ConfigError, "goes with --lengths"),
+        (lambda f: ["--lengths", broken(f, "a.npy", np.array([2**40]))], DataError, "a plan counts up to"),
+        (
+            lambda f: ["--lengths", broken(f, "a.npy", np.array([2**64 - 1], np.uint64))],
+            DataError,
+            "more than a sample",
+        ),
+        (lambda f: ["--lengths", f / "lengths.npy", "--step-tokens", 10**25], ConfigError, "step tokens between"),
+        (lambda f: ["--lengths", f / "lengths.npy", "--tiers", f"{10**20}:cp1"], ConfigError, "a pack holds at most"),
+        (lambda f: ["--lengths", f / "lengths.npy", "--tiers", "9999:cp1:sel="], ConfigError, "at least one module"),
+        (
+            lambda f: ["--lengths", f / "lengths.npy", "--tiers", "9999:cp1:full99", "--cost", "llama3.1-8b-h100"],
+            ConfigError,
+            "more than the 32 layers",
+        ),
+        (lambda f: ["--lengths", f / "lengths.npy", "--out", ""], ConfigError, "is no file"),
         (
             lambda f: ["--lengths", f / "lengths.npy", "--loss-tokens", broken(f, "b.npy", LENGTHS + 1)],
             DataError,

@@ -141,6 +141,14 @@ def test_tensor_parallel_ranks_are_faster_but_not_by_their_number():
     two = place_cost(LLAMA, Topology(num_nodes=4, tp=2), shape)
     assert LLAMA.linear_rate < two.linear_rate < 2 * LLAMA.linear_rate
     assert (two.attention_rate, two.node_size) == (2 * LLAMA.attention_rate, 4)
+    # heads of a rank, all of whose bandwidth is for them: as many bytes, twice the links, and key heads are replicated
+    tiers = parse_tiers("32768:cp2,65536:cp4,131072:cp8,262144:cp16")
+    for one, both in ((LLAMA.tier_cost(tier).per_token, two.tier_cost(tier).per_token) for tier in tiers):
+        assert both < one
+    eight = place_cost(LLAMA, Topology(num_nodes=4, tp=8), shape)
+    assert eight.tensor_parallel == 8
+    with pytest.raises(ConfigError, match=r"exchange by a2a at TP 8: CP degree 8 does not divide the 4 query heads"):
+        simulate(plan_of(ranks=8), LLAMA, Topology(num_nodes=8, tp=8))
     seventy = preset("llama3.1-70b-h100-tp8")
     assert place_cost(seventy, Topology(num_nodes=4, tp=8), SHAPES[seventy.name]) == seventy
 
@@ -152,6 +160,8 @@ def test_memory_of_the_8b_settings_in_the_papers_table():
         assert simulate(plan, LLAMA, SHARDED).memory.headroom > 0
     memory = simulate(plan_of(tiers=parse_tiers("16384:cp1,131072:cp8")), LLAMA, SHARDED).memory
     assert memory.headroom < 0
+    modules = simulate(plan_of(tiers=parse_tiers("16384:cp1:sel=mlp,131072:cp8:sel=mlp")), LLAMA, SHARDED).memory
+    assert modules.peak > memory.peak  # shapes do not tell what modules keep: nothing saved, one of them rebuilt
     assert memory.activations == pytest.approx(16384 * 32 * 139264, rel=0.01)
 
 
@@ -189,5 +199,9 @@ def test_models_without_a_shape_and_the_wrong_tensor_width():
     assert simulate(plan, unknown, SHARDED).memory is None
     with pytest.raises(ConfigError, match="its shape is unknown"):
         simulate(plan, unknown, Topology(num_nodes=8, tp=2))
+    wide = replace(unknown, tensor_parallel=2)
+    assert simulate(plan, wide, Topology(num_nodes=8, tp=2)).topology.num_gpus == 64
+    with pytest.raises(ConfigError, match="set --tp 2"):
+        simulate(plan, wide, SHARDED)
     with pytest.raises(ConfigError, match="set --tp 8"):
         simulate(plan, preset("llama3.1-70b-h100-tp8"), Topology(num_nodes=8, tp=2))
