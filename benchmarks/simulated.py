@@ -222,7 +222,7 @@ WORD = """## To read with care
   fastest. This cost model has no latency per message, which favours its widest degrees. Dynamic CP is
   `default_dynamic_cp` of Megatron-LM's development branch, rule by rule, on random steps. Every slot is a barrier.
 * Dynamic CP with large steps has so many samples to choose from that it leaves 2 to 9% imbalance only: no plan could be
-  1.15x as fast there, ours is within 1% of perfect balance. With steps of one pack a rank ours is 1.35 to 1.94x as fast.
+  1.15x as fast there, ours is within 1% of perfect balance. With steps of one pack a rank it is 1.35x to 1.94x.
 * Sorted order (the paper's) and random order are meant to take the same time: random order is there for training, it
   is not meant to gain speed.
 * Joint selection is `hbp plan --auto`'s (benchmarks/selection.md), on a draw of 100,000 samples. DeepSeek-V2 has no

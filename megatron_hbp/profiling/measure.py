@@ -76,7 +76,7 @@ def weigh(session: Session, feed: Feed) -> tuple[int, int | None]:
         if session.on_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(session.device)
-            _run(session, feed)
+            session.forward_backward(feed)
             torch.cuda.synchronize(session.device)
             free, total = torch.cuda.mem_get_info(session.device)
             outside = total - free - torch.cuda.memory_reserved(session.device)
@@ -193,22 +193,17 @@ def _release(session: Session) -> None:
 # ---------------------------------------------------------------- one run
 
 
-def _run(session: Session, feed: Feed, step: int = 0, forward_step: Any = None) -> None:
-    """Where tests make memory run out."""
-    session.forward_backward(feed, step, forward_step)
-
-
 def _seconds(session: Session, feed: Feed, step: int) -> float:
     """Device seconds on CUDA; elsewhere CPU seconds of this process and its threads, at the yardstick's speed."""
     if session.yardstick is not None:
         before, begun = session.yardstick.read(), time.process_time()
-        _run(session, feed, step)
+        session.forward_backward(feed, step)
         spent = time.process_time() - begun
         return session.yardstick.corrected(spent, before, session.yardstick.read())
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(session.device)
     start.record()
-    _run(session, feed, step)
+    session.forward_backward(feed, step)
     end.record()
     torch.cuda.synchronize(session.device)
     return start.elapsed_time(end) / 1e3
@@ -230,7 +225,7 @@ def allocated_peak(session: Session, feed: Feed, step: int = 0) -> tuple[float, 
             return result
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        _run(session, feed, step, forward_step)
+        session.forward_backward(feed, step, forward_step)
     held = peak = saved = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":

@@ -10,17 +10,17 @@ from megatron_hbp.profiling import main
 def break_one_row() -> None:
     """Raise in forward and backward of the row that HBP_TEST_BREAKS names, on rank 1 only."""
     main.platform_flags()  # before anything of Megatron-LM is imported
-    from megatron_hbp.profiling import measure
+    from megatron_hbp.profiling.session import Session
 
-    plain = measure._run
+    plain = Session.forward_backward
 
-    def run(session, feed, *args):
+    def forward_backward(session, feed, *args):
         tier = feed.plan.tiers[0]
         if str(tier) == os.environ.get("HBP_TEST_BREAKS") and os.environ["RANK"] == "1":
             raise torch.OutOfMemoryError("out of memory, on purpose")
         plain(session, feed, *args)
 
-    measure._run = run
+    Session.forward_backward = forward_backward
 
 
 if __name__ == "__main__":

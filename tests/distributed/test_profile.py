@@ -15,7 +15,7 @@ from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable
 from megatron_hbp.planning.types import parse_tiers
 from tests.launching import ROOT
 
-pytestmark = pytest.mark.slow  # three starts, 45 s of the twelve minutes that make test may take
+pytestmark = pytest.mark.slow  # four starts, 60 s of the twelve minutes that make test may take
 
 MODEL = shlex.split("--num-layers 2 --hidden-size 32 --num-attention-heads 2 --normalization RMSNorm --vocab-size 96")
 GRID = shlex.split(
@@ -38,7 +38,7 @@ def profile(out: Path, *flags: str, breaks: str = "") -> subprocess.CompletedPro
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Three starts with one table, one after the other."""
+    """Three starts with one table, one after the other, and one more."""
 
     stuck: subprocess.CompletedProcess
     """Memory runs out on rank 1 at 256:cp2, rank 0 waits for it in an exchange."""
@@ -50,6 +50,8 @@ class Runs:
     cost_file: Path
     other: subprocess.CompletedProcess
     """Another share of supervised tokens, the same table."""
+    first: subprocess.CompletedProcess
+    """Memory runs out on rank 1 in the very first row, of a table of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +63,17 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(
         stuck=stuck, rows=rows, resumed=resumed, table=profile_table.load(out),
         cost_file=out.with_name("p.cost.json"), other=profile(out, "--hbp-profile-supervised=0.5"),
+        first=profile(out.with_name("first.json"), "--hbp-profile-patience=2", breaks="128:cp2:full2"),
     )  # fmt: skip
 
 
-def test_ranks_that_wait_for_one_out_of_memory_end_with_it_and_say_what_to_do(runs):
-    assert runs.stuck.returncode == 75, runs.stuck.stderr[-3000:]
-    (line,) = [line for line in runs.stuck.stderr.splitlines() if line.startswith("hbp profile: [rank")]
-    assert "256:cp2:none" in line and "run the same command again" in line
-    assert "Traceback" not in runs.stuck.stderr
+@pytest.mark.parametrize("which, tier", [("stuck", "256:cp2:none"), ("first", "128:cp2:full2")])
+def test_ranks_that_wait_for_one_out_of_memory_end_with_it_and_say_what_to_do(runs, which, tier):
+    run = getattr(runs, which)  # the first row is where everything warms up
+    assert run.returncode == 75, run.stderr[-3000:]
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("hbp profile: [rank")]
+    assert tier in line and "run the same command again" in line
+    assert "Traceback" not in run.stderr
 
 
 def test_the_next_start_goes_on_from_there_and_measures_nothing_twice(runs):
