@@ -5,7 +5,7 @@
 Four gloo ranks on this machine. Seconds to profile are wall time and the CPU time of all processes; times of packs are
 process CPU time at the speed of the yardstick (profiling/yardstick.py). The plan that is checked has lengths drawn at
 random, in the demo's tiers; neither its lengths nor its recompute policy (one layer of two) is in the table. Its slots
-are run seven times in turn. Memory is checked for packs of eight samples in fresh processes
+are run eleven times in turn. Memory is checked for packs of several samples in fresh processes
 (benchmarks/profile_rss.py), with glibc told to give freed blocks back: by default its heap keeps holes, and resident
 memory grows by a quarter to two thirds more than tensors hold.
 """

@@ -71,6 +71,9 @@ class CostModel:
     recompute_shares: tuple[tuple[str, float, float], ...] = ()
     """(modules joined by +, or "full", and the shares of the GEMMs' and of attention's forward that run again),
     measured; for "full" those of all layers. Without an entry the rules of `_recomputed_shares` hold."""
+    recompute_seconds: tuple[tuple[str, float], ...] = ()
+    """(modules joined by +, or "full", seconds that a micro-batch costs more whatever it holds), measured; for "full"
+    those of all layers: operators are launched again."""
     group_seconds: tuple[tuple[int, float], ...] = ()
     """(CP degree, seconds that a micro-batch costs more at this degree whatever it holds), measured."""
 
@@ -80,8 +83,11 @@ class CostModel:
         linear, attention = self._recomputed_shares(tier.recompute)
         again = rule_shares(tier.recompute, self.num_layers)[1]  # a measured share holds more than the exchange
         exchange = self.num_layers * self._exchange_seconds(tier, again)
+        policy, part = self._policy(tier.recompute)
         return TierCost(
-            fixed=self.micro_batch_seconds + dict(self.group_seconds).get(cp_degree, 0.0),
+            fixed=self.micro_batch_seconds
+            + dict(self.group_seconds).get(cp_degree, 0.0)
+            + part * dict(self.recompute_seconds).get(policy, 0.0),
             per_token=(self.linear_flops * (3 + linear) / 3 / self.linear_rate + exchange) / cp_degree,
             per_square=self.attention_flops * (3.5 + attention) / self.attention_rate / cp_degree,
         )
@@ -130,13 +136,17 @@ class CostModel:
 
     def _recomputed_shares(self, recompute: Recompute) -> tuple[float, float]:
         """Shares (GEMMs, attention) of the forward that run again: as measured, or by rule."""
-        full = recompute.granularity == "full"
-        name = "full" if full else "+".join(sorted(recompute.modules))
+        name, part = self._policy(recompute)
         for measured, linear, attention in self.recompute_shares:
             if measured == name:
-                part = min(recompute.num_layers / self.num_layers, 1.0) if full else 1.0
                 return part * linear, part * attention
         return rule_shares(recompute, self.num_layers)
+
+    def _policy(self, recompute: Recompute) -> tuple[str, float]:
+        """(the name that a policy is measured under, the share of that which it is)."""
+        if recompute.granularity == "full":
+            return "full", min(recompute.num_layers / self.num_layers, 1.0)
+        return "+".join(sorted(recompute.modules)), 1.0
 
 
 def rule_shares(recompute: Recompute, num_layers: int) -> tuple[float, float]:

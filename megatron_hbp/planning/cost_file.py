@@ -12,7 +12,7 @@ from megatron_hbp.planning.json_values import check_attention, check_numbers, is
 from megatron_hbp.planning.profile_table import read_json, write_json
 
 KIND = "hbp cost model"
-VERSION = 1
+VERSION = 2
 _REMEDY = "fit it again with `hbp profile`, or name another with --cost"
 
 
@@ -40,7 +40,8 @@ def load(path: Path) -> CostModel:
 
 
 _RATES = ("linear_rate", "attention_rate", "node_bandwidth", "cluster_bandwidth")
-_LISTS = {"recompute_layers": (int, int), "recompute_shares": (str, float, float), "group_seconds": (int, float)}
+_LISTS = {"recompute_layers": (int, int), "recompute_shares": (str, float, float),
+          "recompute_seconds": (str, float), "group_seconds": (int, float)}  # fmt: skip
 """Field -> what an entry holds."""
 
 

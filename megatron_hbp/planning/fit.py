@@ -2,7 +2,7 @@
 
 The formula of planning/cost.py is linear in its unknowns when written as seconds of
 
-    1                              every micro-batch          [CP degree c]     what degree c adds to that
+    1                              every micro-batch          [CP degree c], [policy p]   what these add to that
     T / c                          linear                     S / c             attention
     T / c  [policy p]              GEMMs that p runs again    S / c  [policy p] attention that p runs again
     T / c * L * 2 e(c) * (1 + back + again)                   exchange inside a node, and across nodes
@@ -129,6 +129,7 @@ def _columns(rows: Sequence[ProfileRow], header: ProfileHeader) -> dict[str, np.
     for name in sorted({_policy_name(row) for row in rows} - {"none"}):
         part = np.array([_policy_part(row, model.num_layers) if _policy_name(row) == name else 0.0 for row in rows])
         columns[f"token {name}"], columns[f"square {name}"] = part * tokens, part * squares
+        columns[f"policy {name}"] = part
     return columns
 
 
@@ -177,6 +178,7 @@ def _cost_model(name: str, table: ProfileTable, found: dict[str, float]) -> Cost
         max_cp_degree=model.attention.num_query_heads,
         recompute_layers=layers_by_local_tokens(table),
         recompute_shares=shares,
+        recompute_seconds=tuple((key[7:], value) for key, value in found.items() if key.startswith("policy ")),
         group_seconds=tuple((int(key[6:]), value) for key, value in found.items() if key.startswith("group ")),
     )
 

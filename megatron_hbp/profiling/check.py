@@ -17,7 +17,7 @@ from megatron_hbp.profiling.measure import DoesNotFitError, RanksStuckError, gan
 from megatron_hbp.profiling.progress import counted
 from megatron_hbp.profiling.session import Session
 
-REPEATS = 7
+REPEATS = 11
 KIND = "hbp profile check"
 
 

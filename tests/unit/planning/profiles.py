@@ -22,6 +22,7 @@ PLANTED = CostModel(
     name="planted", num_layers=4, linear_flops=6e8, attention_flops=8 * 128 * 4.0, attention=ATTENTION,
     linear_rate=1e12, attention_rate=2e11, node_bandwidth=1e9, cluster_bandwidth=2e8, micro_batch_seconds=0.02,
     node_size=4, max_cp_degree=8, recompute_shares=(("core_attn", 0.0, 1.1), ("full", 0.9, 0.95)),
+    recompute_seconds=(("core_attn", 0.001), ("full", 0.008)),
 )  # fmt: skip
 
 
