@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--hbp-profile-out", default="profile.json", help="profile table; FILE.cost.json lies beside it")
     group.add_argument("--hbp-profile-memory", type=float, help="GiB that may be used; left out, all of a CUDA device")
     group.add_argument("--hbp-profile-most-local", type=int, help="leave out settings with more tokens on a rank")
-    group.add_argument("--hbp-profile-seconds", type=float, default=1.0, help="seconds to repeat a row for (3-10 runs)")
+    group.add_argument("--hbp-profile-seconds", type=float, default=1.0, help="seconds to repeat a row for (4-10 runs)")
     group.add_argument("--hbp-profile-supervised", type=float, default=0.67, help="share of tokens with a loss")
     group.add_argument(
         "--hbp-profile-check", help="a plan: time its packs too, and compare with what the fit says of them"

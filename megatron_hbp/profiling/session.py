@@ -1,6 +1,7 @@
 """The model, the ranks and their groups, as a run of `hbp profile` finds them: built once, like a training run's."""
 
 import contextlib
+import gc
 import io
 import os
 import platform
@@ -153,6 +154,10 @@ def build(options: ProfileOptions) -> Session:
         total = torch.tensor(float(torch.cuda.mem_get_info(device)[1]))
         dist.all_reduce(total, op=dist.ReduceOp.MIN, group=control)
         limit = min(limit or float("inf"), float(total))
+    # Half a million objects of libraries live as long as this process: looking through them takes 0.2 s a collection,
+    # which every row ends with, and which would fall into a timed micro-batch now and then.
+    gc.collect()
+    gc.freeze()
     return Session(
         args=args, options=options, model=chunks, optimizer=optimizer, groups=groups, control=control, device=device,
         switch=switch, header=_header(args, model.transformer, options, device, degrees), policies=policies,

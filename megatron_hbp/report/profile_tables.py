@@ -12,18 +12,19 @@ from megatron_hbp.report.terminal import wide_console
 
 
 def fit_table(table: ProfileTable, fit: ProfileFit) -> Table:
-    """A line a row: setting, measured, fitted, error; held-out rows are marked."""
+    """A line a row: setting, measured, fitted, error in the fit of all rows and in one that did not see the row."""
     lines = Table(title=f"{table.header.device}: {len(table.rows)} rows, dtype {table.header.dtype}")
-    for heading in ("tokens", "CP", "recompute", "samples", "measured ms", "fitted ms", "error", "", "peak MiB"):
-        lines.add_column(heading, justify="left" if heading in ("recompute", "") else "right")
+    headings = ("tokens", "CP", "recompute", "samples", "measured ms", "fitted ms", "error", "held out", "peak MiB")
+    for heading in headings:
+        lines.add_column(heading, justify="left" if heading == "recompute" else "right")
     errors = {each.row.setting: each for each in fit.errors}
     for row in sorted(table.rows, key=lambda r: (r.tokens, r.cp_degree, r.recompute, r.squares)):
         head = (f"{row.tokens:,}", str(row.cp_degree), row.recompute, str(SHAPES[row.shape]))
         peak = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else ""
         if row.setting in errors and row.seconds:
             one = errors[row.setting]
-            seconds = (f"{row.seconds * 1e3:,.1f}", f"{one.predicted * 1e3:,.1f}", f"{one.error:+.1%}")
-            lines.add_row(*head, *seconds, "held out" if one.held_out else "", peak)
+            seconds = (f"{row.seconds * 1e3:,.1f}", f"{one.predicted * 1e3:,.1f}")
+            lines.add_row(*head, *seconds, f"{one.error:+.1%}", f"{one.held_out_error:+.1%}", peak)
         else:
             lines.add_row(*head, "", "", "", row.why, peak)
     return lines
@@ -31,12 +32,11 @@ def fit_table(table: ProfileTable, fit: ProfileFit) -> Table:
 
 def fit_lines(fit: ProfileFit) -> list[str]:
     """The fit's errors in two lines."""
-    return [
-        f"{name}: {sum(e.held_out == held for e in fit.errors)} rows, median error "
-        f"{fit.median_error(held_out=held):.1%}, worst "
-        f"{max((abs(e.error) for e in fit.errors if e.held_out == held), default=float('nan')):.1%}"
-        for name, held in (("fitted", False), ("held out", True))
-    ]
+    lines = []
+    for what, held_out in ((f"{len(fit.errors)} rows fitted", False), ("held out, a fifth at a time", True)):
+        errors = fit.absolute_errors(held_out=held_out)
+        lines.append(f"{what}: median error {np.median(errors):.1%}, worst {errors.max():.1%}")
+    return lines
 
 
 def print_fit(table: ProfileTable, fit: ProfileFit, out: Path, cost_file: Path) -> None:
