@@ -1,6 +1,7 @@
 """`hbp simulate`: what an epoch of a plan would take on a cluster, and what its GPUs would wait for."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,6 +40,11 @@ def simulate_plan(
     step: Annotated[int | None, typer.Option(min=0, help="The step to draw; the one that waits most.")] = None,
 ) -> None:
     """Simulate a plan on a cluster: epoch, idle time by cause, GPU days, memory."""
+    given = {"node-bandwidth": node_bandwidth, "cluster-bandwidth": cluster_bandwidth, "gpu-memory": gpu_memory}
+    for flag, value in given.items():
+        # inf is a float to the parser, and no number to JSON
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"--{flag} {value}: give a finite number")
     plan = planfile.load(plan_file)
     model = _with_links(cost_model(cost or plan.cost_model), node_bandwidth, cluster_bandwidth)
     topology = Topology(

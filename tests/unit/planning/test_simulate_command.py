@@ -59,6 +59,8 @@ def test_slower_links_cost_more(plan_file):
         (["--nodes", 4], ConfigError, "the plan is for 8 data-parallel ranks, 32 GPUs"),
         (["--nodes", 1, "--cost", "tpu"], ConfigError, "unknown cost model"),
         (["--nodes", 1, "--step", 10**6], ConfigError, "the plan has steps 0 to"),
+        (["--nodes", 1, "--gpu-memory", "inf"], ConfigError, "--gpu-memory inf: give a finite number"),
+        (["--nodes", 1, "--node-bandwidth", "inf"], ConfigError, "--node-bandwidth inf: give a finite number"),
         (["--nodes", 1, "--picture", "/nowhere/at/all.png"], DiskError, "picture could not be written"),
         (["--nodes", 1, "--picture", "steps.txt"], DiskError, "use a .png or .svg"),
     ],
