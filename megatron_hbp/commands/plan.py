@@ -13,7 +13,7 @@ from rich.progress import track
 
 from megatron_hbp.commands.auto import Select, auto_tiers, parse_memory
 from megatron_hbp.data.store import TokenStore
-from megatron_hbp.errors import ConfigError, DiskError
+from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import planfile, profile_table
 from megatron_hbp.planning.compare import Planner, contenders
 from megatron_hbp.planning.compare import compare as compare_all
@@ -240,10 +240,7 @@ def compare(
     console.print(comparison_table(found, bound))
     console.print(f"{len(values):,} samples, {values.sum():,} tokens; seconds as modelled by {model.name}")
     if picture:
-        try:
-            draw_comparison({one.name: one.metrics for one in found}, picture)
-        except (OSError, ValueError) as error:
-            raise DiskError(f"picture could not be written to {picture}: {error}; use a .png or .svg path") from error
+        draw_comparison({one.name: one.metrics for one in found}, picture)
         console.print(f"picture written to {picture}")
 
 

@@ -9,6 +9,7 @@ from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.metrics import PlanMetrics, plan_metrics
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.quality import side_by_side_abr
+from megatron_hbp.report.picture import pyplot, save_picture
 
 
 def tier_table(plan: Plan) -> Table:
@@ -75,10 +76,7 @@ def counts_line(plan: Plan) -> str:
 
 def draw_comparison(measured: dict[str, PlanMetrics], path: Path) -> None:
     """Write a bar picture of idle time and epoch time by method to `path` (PNG or SVG by suffix)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.4 * len(measured) + 1.6), sharey=True)
     names = list(measured)
@@ -87,9 +85,7 @@ def draw_comparison(measured: dict[str, PlanMetrics], path: Path) -> None:
     right.barh(names, [m.epoch_seconds for m in measured.values()], color="#3d6b99")
     right.set_xlabel("modelled epoch, s")
     left.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def comparison_table(contenders: list[Contender], bound: float) -> Table:

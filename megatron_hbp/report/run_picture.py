@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hbp.report.picture import pyplot, save_picture
+
 
 def draw_runs(
     steps: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -15,10 +17,7 @@ def draw_runs(
 
     `steps` are the "step" lines of each run's metrics file (training/metrics.py); losses in nats a token.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for (name, lines), color in zip(steps.items(), ("#3d6b99", "#b0413e", "#5b8c5a", "#8a6bb1"), strict=False):
@@ -34,6 +33,4 @@ def draw_runs(
     axes.set_xlabel("trained tokens, thousands")
     axes.set_ylabel("loss, nats a token")
     axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_picture(figure, path)

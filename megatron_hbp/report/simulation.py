@@ -9,6 +9,7 @@ from rich.table import Table
 from megatron_hbp.planning.pipeline import run_pipeline
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.simulate import Simulation, gang_ends
+from megatron_hbp.report.picture import pyplot, save_picture
 
 _COLORS = ("#3d6b99", "#5b8c5a", "#8a6bb1", "#c98a2b", "#4f9d9d", "#9a5f3c", "#7a7a3a", "#5a5a8c")
 """One a tier."""
@@ -69,10 +70,7 @@ def draw_steps(plan: Plan, found: Simulation, path: Path, step: int | None = Non
 
     Without `step` it is the one with most waiting (imbalance and bubble).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.patches import Patch
 
     if step is None:
@@ -100,9 +98,7 @@ def draw_steps(plan: Plan, found: Simulation, path: Path, step: int | None = Non
     axes.legend(
         handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.6 / (0.26 * num_rows + 1)), ncols=3, frameon=False
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def _rank_bars(axes: Any, plan: Plan, found: Simulation, step: int, num_rows: int) -> None:
