@@ -19,8 +19,8 @@ import numpy as np
 from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.metrics import plan_metrics
 from megatron_hbp.planning.packing import best_fit_shuffled, isf
-from megatron_hbp.planning.peers.common import UNIT, static_degree
-from megatron_hbp.planning.plan import DataFingerprint, Plan
+from megatron_hbp.planning.peers.common import UNIT, PlanWriter, static_degree
+from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.types import Tier
 
 LEAST_SHARE = 8
@@ -76,25 +76,8 @@ def packed_plan(
     by_pack = np.argsort(place, kind="stable")
     gangs = num_ranks // tier.cp_degree
     slots_a_step = max(1, round(step_tokens / (gangs * tier.packing_length)))
-    index = np.arange(num_packs)
-    slot = index // gangs
-    counts = np.bincount(np.arange(int(slot[-1]) + 1) // slots_a_step)
-    plan = Plan(
-        tiers=(tier,),
-        sample_ids=by_pack,
-        lengths=lengths[by_pack].astype(np.int32),
-        pack_offsets=np.concatenate([[0], np.cumsum(np.bincount(place, minlength=num_packs))]),
-        pack_tier=np.zeros(num_packs, np.int32),
-        pack_step=(slot // slots_a_step).astype(np.int32),
-        pack_slot=(slot % slots_a_step).astype(np.int32),
-        pack_rank0=(index % gangs * tier.cp_degree).astype(np.int32),
-        num_micro_batches=counts.astype(np.int32),
-        num_ranks=num_ranks,
-        schedule="lockstep",
-        seed=seed,
-        step_tokens=step_tokens,
-        cost_model=cost.name,
-        data=DataFingerprint.of(lengths),
-    )
-    plan.check()
-    return plan
+    writer = PlanWriter(num_ranks, tier.local_tokens)
+    for index, ids in enumerate(np.split(by_pack, np.cumsum(np.bincount(place))[:-1])):
+        (step, slot), gang = divmod(index // gangs, slots_a_step), index % gangs
+        writer.add(step=step, slot=slot, rank0=gang * tier.cp_degree, degree=tier.cp_degree, ids=ids)
+    return writer.plan(lengths, schedule="lockstep", step_tokens=step_tokens, cost=cost, seed=seed)
