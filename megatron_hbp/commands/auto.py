@@ -10,7 +10,7 @@ from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.cost import CostModel
 from megatron_hbp.planning.planner import Overlong, Schedule
 from megatron_hbp.planning.profile_table import ProfileTable
-from megatron_hbp.planning.select import MemoryTable, select_paper
+from megatron_hbp.planning.select import MemoryTable
 from megatron_hbp.planning.select_joint import select_joint
 from megatron_hbp.planning.select_profile import profiled
 from megatron_hbp.planning.types import Tier
@@ -72,9 +72,6 @@ def auto_tiers(
     if table is not None:
         found_there = profiled(table, cost, lengths, num_ranks)
         options = vars(found_there) | ({"memory": memory} if memory else {})
-        if select is Select.paper:
-            kept = lengths if longest is None else lengths[lengths <= longest]
-            select_paper(found_there.rows, int(kept.max(initial=1)))  # says what is missing
     found = select_joint(
         lengths, cost, num_ranks=num_ranks, step_tokens=step_tokens, longest=longest, schedule=schedule,
         equal_local_tokens=equal_local_tokens, slot_multiple=slot_multiple, seed=seed, **options,
