@@ -83,7 +83,7 @@ class CostModel:
         linear, attention = self._recomputed_shares(tier.recompute)
         again = rule_shares(tier.recompute, self.num_layers)[1]  # a measured share holds more than the exchange
         exchange = self.num_layers * self._exchange_seconds(tier, again)
-        policy, part = self._policy(tier.recompute)
+        policy, part = measured_policy(tier.recompute, self.num_layers)
         return TierCost(
             fixed=self.micro_batch_seconds
             + dict(self.group_seconds).get(cp_degree, 0.0)
@@ -136,23 +136,24 @@ class CostModel:
 
     def _recomputed_shares(self, recompute: Recompute) -> tuple[float, float]:
         """Shares (GEMMs, attention) of the forward that run again: as measured, or by rule."""
-        name, part = self._policy(recompute)
+        name, part = measured_policy(recompute, self.num_layers)
         for measured, linear, attention in self.recompute_shares:
             if measured == name:
                 return part * linear, part * attention
         return rule_shares(recompute, self.num_layers)
 
-    def _policy(self, recompute: Recompute) -> tuple[str, float]:
-        """(the name that a policy is measured under, the share of that which it is)."""
-        if recompute.granularity == "full":
-            return "full", min(recompute.num_layers / self.num_layers, 1.0)
-        return "+".join(sorted(recompute.modules)), 1.0
+
+def measured_policy(recompute: Recompute, num_layers: int) -> tuple[str, float]:
+    """(the name that a policy is measured under, empty for none; the share of that which it is)."""
+    if recompute.granularity == "full":
+        return "full", recompute.share_of_layers(num_layers)
+    return "+".join(sorted(recompute.modules)), 1.0
 
 
 def rule_shares(recompute: Recompute, num_layers: int) -> tuple[float, float]:
     """Shares (GEMMs, attention) of the forward that run again, were all layers alike and norms free."""
     if recompute.granularity == "full":
-        share = min(recompute.num_layers / num_layers, 1.0)
+        share = recompute.share_of_layers(num_layers)
         return share, share
     modules = recompute.modules
     # An MLP holds about two thirds of a dense layer's GEMM FLOPs.

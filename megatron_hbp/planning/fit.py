@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_hbp.errors import DataError
-from megatron_hbp.planning.cost import CostModel, rule_shares
+from megatron_hbp.planning.cost import CostModel, measured_policy, rule_shares
 from megatron_hbp.planning.exchange import Exchange, backward_bytes, elements
 from megatron_hbp.planning.profile_memory import layers_by_local_tokens
 from megatron_hbp.planning.profile_table import ProfileHeader, ProfileRow, ProfileTable
@@ -142,22 +142,12 @@ def _columns(rows: Sequence[ProfileRow], header: ProfileHeader) -> dict[str, np.
     columns["cluster"] = np.where(degree > node, exchange, 0.0)
     for c in np.unique(degree[degree > 1]):
         columns[f"group {c}"] = (degree == c).astype(float)
-    for name in sorted({_policy_name(row) for row in rows} - {"none"}):
-        part = np.array([_policy_part(row, model.num_layers) if _policy_name(row) == name else 0.0 for row in rows])
+    policies = [measured_policy(row.setting.policy, model.num_layers) for row in rows]
+    for name in sorted({policy for policy, _ in policies} - {""}):
+        part = np.array([share if policy == name else 0.0 for policy, share in policies])
         columns[f"token {name}"], columns[f"square {name}"] = part * tokens, part * squares
         columns[f"policy {name}"] = part
     return columns
-
-
-def _policy_name(row: ProfileRow) -> str:
-    """ "full", or the modules in order, or "none"."""
-    policy = row.setting.policy
-    return "full" if policy.granularity == "full" else "+".join(sorted(policy.modules)) or "none"
-
-
-def _policy_part(row: ProfileRow, num_layers: int) -> float:
-    policy = row.setting.policy
-    return min(policy.num_layers / num_layers, 1.0) if policy.granularity == "full" else 1.0
 
 
 def _cost_model(name: str, table: ProfileTable, found: dict[str, float]) -> CostModel:
@@ -170,12 +160,11 @@ def _cost_model(name: str, table: ProfileTable, found: dict[str, float]) -> Cost
 
     # Shares are relative to the forward: a third of the linear seconds, 1 of 3.5 of attention's.
     forward, looks = found.get("token", 0.0) / 3, found.get("square", 0.0) / 3.5
-    policies = [key.split(" ", 1)[1] for key in found if key.startswith(("token ", "square "))]
+    policies = [key.removeprefix("policy ") for key in found if key.startswith("policy ")]
     shares = tuple(
-        (key, found.get(f"token {key}", 0.0) / forward if forward else 0.0,
-         found.get(f"square {key}", 0.0) / looks if looks else 0.0)
-        for key in sorted(set(policies))
-    )  # fmt: skip
+        (key, found[f"token {key}"] / forward if forward else 0.0, found[f"square {key}"] / looks if looks else 0.0)
+        for key in policies
+    )
     node = rate(1.0, "node")
     return CostModel(
         name=name,
@@ -194,7 +183,7 @@ def _cost_model(name: str, table: ProfileTable, found: dict[str, float]) -> Cost
         max_cp_degree=model.attention.num_query_heads,
         recompute_layers=layers_by_local_tokens(table),
         recompute_shares=shares,
-        recompute_seconds=tuple((key[7:], value) for key, value in found.items() if key.startswith("policy ")),
+        recompute_seconds=tuple((key, found[f"policy {key}"]) for key in policies),
         group_seconds=tuple((int(key[6:]), value) for key, value in found.items() if key.startswith("group ")),
     )
 

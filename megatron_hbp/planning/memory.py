@@ -95,8 +95,7 @@ def token_bytes(tier: Tier, cost: CostModel, shape: ModelShape) -> float:
 
     Shapes do not tell what a module keeps: recompute of modules counts as saving nothing.
     """
-    whole = tier.recompute.granularity == "full"
-    share = min(tier.recompute.num_layers / cost.num_layers, 1.0) if whole else 0.0
+    share = tier.recompute.share_of_layers(cost.num_layers)
     kept_input = 2.0 * shape.hidden
     per_layer = (1 - share) * shape.layer_bytes + share * kept_input
     return cost.num_layers * per_layer

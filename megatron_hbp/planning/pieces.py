@@ -88,9 +88,7 @@ def expert_seconds(tier: Tier, cost: CostModel, topology: Topology, shape: Model
 
 def recomputed_share(recompute: Recompute, num_layers: int) -> float:
     """Share of layers whose experts run again in the backward pass."""
-    if recompute.granularity == "full":
-        return min(recompute.num_layers / num_layers, 1.0)
-    return float("moe" in recompute.modules)
+    return 1.0 if "moe" in recompute.modules else recompute.share_of_layers(num_layers)
 
 
 def _coefficients(tier: Tier, cost: CostModel, topology: Topology, shape: ModelShape | None) -> tuple[float, ...]:

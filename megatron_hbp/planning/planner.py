@@ -44,8 +44,8 @@ def make_plan(
 
     `loss_tokens` int [n] are the supervised tokens of each sample: steps are then alike in them too. `repeats` int [n]
     says how often a sample occurs in the epoch (once without it). Samples beyond the longest tier, or beyond `longest`
-    tokens, are `overlong`. `curriculum_steps` steps at the start use the lowest
-    CP degree only. Steps get a multiple of `slot_multiple` slots (pipeline size, under interleaved pipelines).
+    tokens, are `overlong`. `curriculum_steps` steps at the start use the lowest CP degree only. Steps get a multiple of
+    `slot_multiple` slots (pipeline size, under interleaved pipelines).
     """
     lengths = check_lengths(lengths)
     check_tiers(tiers)

@@ -2,9 +2,9 @@
 
 Seconds are those of the forward and backward of one micro-batch over the whole depth of the model: device time on CUDA,
 process CPU time on CPU, at the speed of the yardstick; the median of the repeats, of a gang's slowest rank, of the
-median gang. Bytes are those
-of the fullest rank: on CUDA what the allocator reserves plus what lies outside it (communicators, context), on CPU what
-torch's allocator holds at its highest above what stood before (weights, gradients and optimizer are not in it).
+median gang. Bytes are those of the fullest rank: on CUDA what the allocator reserves plus what lies outside it
+(communicators, context), on CPU what torch's allocator holds at its highest above what stood before (weights, gradients
+and optimizer are not in it).
 """
 
 import json

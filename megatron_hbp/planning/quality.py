@@ -41,7 +41,7 @@ def lower_bound(
             coefficients = cost.tier_cost(tier)
             size = lengths[here].astype(float)
             gang_seconds = degree * (coefficients.per_token * size + coefficients.per_square * size**2)
-            shared = size * cost.micro_batch_seconds / local_tokens
+            shared = size * coefficients.fixed / local_tokens
             best[here] = np.minimum(best[here], gang_seconds + shared)
     return float(best.sum() / num_ranks + num_steps * cost.step_seconds)
 

@@ -213,12 +213,13 @@ def rows_for_paper(
 
 def account(plan: Plan, cost: CostModel, source: str) -> Tried:
     """What `plan`'s epoch takes and where its time goes."""
+    plain = tuple(replace(tier, recompute=Recompute()) for tier in plan.tiers)
     without = {
-        "recompute": (cost, tuple(replace(tier, recompute=Recompute()) for tier in plan.tiers)),
+        "recompute": (cost, plain),
         "exchange": (replace(cost, attention=None), plan.tiers),
     }
     whole = _rank_seconds(plan, cost, plan.tiers)
-    fixed = np.array([cost.tier_cost(tier).fixed for tier in plan.tiers])
+    fixed = np.array([cost.tier_cost(tier).fixed for tier in plain])
     return Tried(
         source=source,
         tiers=plan.tiers,

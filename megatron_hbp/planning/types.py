@@ -36,6 +36,10 @@ class Recompute:
         if bool(self.modules) != (self.granularity == "selective") or "" in self.modules:
             raise ConfigError(f"recompute: selective needs at least one module, got {self}")
 
+    def share_of_layers(self, num_layers: int) -> float:
+        """Share of a model's layers recomputed in full: 0 for "selective"."""
+        return min(self.num_layers / num_layers, 1.0)
+
     def __str__(self) -> str:
         if self.granularity == "full":
             return f"full{self.num_layers}"

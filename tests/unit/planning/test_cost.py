@@ -86,6 +86,15 @@ def test_the_lower_bound_counts_the_steps_there_are_and_the_degrees_allowed():
     assert lower_bound(lengths, cost, 9, num_steps=100) > epoch
 
 
+def test_full_packs_meet_the_lower_bound_with_all_that_a_micro_batch_costs():
+    cost = replace(LLAMA, recompute_seconds=(("full", 4.0),), group_seconds=((2, 1.0),), recompute_layers=((8192, 8),))
+    for length, tier in ((8192, "8192:cp1:full8"), (16384, "16384:cp2:full8")):
+        lengths = np.full(16, length)
+        plan = make_plan(lengths, tiers=parse_tiers(tier), num_ranks=2, step_tokens=10**7, cost=cost)
+        bound = lower_bound(lengths, cost, 2, num_steps=1)
+        assert plan_metrics(plan, cost).epoch_seconds == pytest.approx(bound)
+
+
 def test_slots_of_dummies_take_time():
     plan = make_plan(np.full(64, 1024), tiers=parse_tiers("1024:cp1"), num_ranks=8, step_tokens=8192)
     padded = make_plan(

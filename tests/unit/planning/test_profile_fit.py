@@ -46,6 +46,17 @@ def test_with_noise_the_rows_held_out_are_predicted_within_it():
         assert fit.cost.tier_cost(tier).seconds(tokens, tokens**2) == pytest.approx(wanted, rel=0.06)
 
 
+def test_every_row_enters_the_fit_and_none_its_own_held_out_error():
+    rows = [row_of(setting, noise=0.05, seed=i) for i, setting in enumerate(GRID)]
+    before = {one.row.setting: one for one in fit_profile(table_of(rows), name="x").errors}
+    for i, row in enumerate(rows):
+        slower = replace(row, seconds=row.seconds * (1 + 1e-6))
+        fit = fit_profile(table_of([*rows[:i], slower, *rows[i + 1 :]]), name="x")
+        (after,) = (one for one in fit.errors if one.row.setting == row.setting)
+        assert after.predicted > before[row.setting].predicted
+        assert after.unseen == before[row.setting].unseen
+
+
 def test_no_coefficient_is_negative():
     rows = [replace(row_of(s), seconds=1.0 / s.tokens) for s in GRID]  # the longer, the faster
     cost = fit_profile(table_of(rows), name="x").cost

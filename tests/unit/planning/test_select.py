@@ -13,6 +13,7 @@ from megatron_hbp.errors import ConfigError, DataError, HbpError
 from megatron_hbp.planning import load, parse_tiers
 from megatron_hbp.planning.cost import preset
 from megatron_hbp.planning.generators import generate
+from megatron_hbp.planning.planner import make_plan
 from megatron_hbp.planning.select import (
     ProfileRow,
     allowed_degrees,
@@ -21,7 +22,7 @@ from megatron_hbp.planning.select import (
     rows_of_cost,
     select_paper,
 )
-from megatron_hbp.planning.select_joint import select_joint
+from megatron_hbp.planning.select_joint import account, select_joint
 from megatron_hbp.planning.tier_search import chain_seconds, grid, nodes, search
 from megatron_hbp.planning.types import layers
 
@@ -190,6 +191,14 @@ def test_account_adds_up():
     assert one.fixed_seconds == pytest.approx(COST.micro_batch_seconds * one.num_slots, rel=0.05)
     assert 0 <= one.recompute_seconds < 28 / 32 / 3 * one.seconds and 0 <= one.exchange_seconds < one.seconds
     assert found.bound < one.seconds
+
+
+def test_what_recompute_costs_a_micro_batch_is_not_its_fixed_cost():
+    cost = replace(COST, recompute_seconds=(("full", 8.0),))
+    plan = make_plan(np.full(8, 4096), tiers=parse_tiers("4096:cp1:full8"), num_ranks=1, step_tokens=4096)
+    one, before = account(plan, cost, "x"), account(plan, COST, "x")
+    assert one.fixed_seconds == pytest.approx(before.fixed_seconds)
+    assert one.recompute_seconds - before.recompute_seconds == pytest.approx(8 * 8.0 * 8 / COST.num_layers)
 
 
 def test_joint_goes_on_where_the_paper_has_no_choice():
