@@ -14,7 +14,9 @@ Source: the description of the packing-aware scheduler on the dev branch (August
 Every rank then has one pack in every micro-batch and counts are equal, so the plan is "lockstep", as with pipelines,
 experts or sharded parameters. (Dense models with replicated parameters meet only in gangs and at the end of a step.)
 
-Simplified: gangs stand in order of width; no alignment of micro-batch counts for interleaved pipelines.
+Simplified: no gang is doubled beyond the heads (the cost model prices a2a); where heads are fewer than ranks, ranks
+that stay empty run dummies, and nothing is redone in one gang of all. Gangs stand in order of width; no alignment of
+micro-batch counts for interleaved pipelines.
 """
 
 import numpy as np
@@ -57,15 +59,20 @@ def default_dynamic(
         slot = 0
         while len(rest):
             sizes, needs = lengths[rest].tolist(), least[rest].tolist()
-            gangs, left = micro_batch(sizes, needs, num_ranks, unit)
+            gangs, left = micro_batch(sizes, needs, num_ranks, unit, min(num_ranks, cost.max_cp_degree))
             writer.add_side_by_side(step=step, slot=slot, gangs=[(g.degree, rest[g.ids]) for g in gangs])
             rest = rest[left]
             slot += 1
     return writer.plan(lengths, schedule="lockstep", step_tokens=step_tokens, cost=cost, seed=seed)
 
 
-def micro_batch(sizes: list[int], needs: list[int], num_ranks: int, unit: int) -> tuple[list[Gang], list[int]]:
-    """One micro-batch of samples of `sizes` tokens, longest first, which need `needs` ranks: (gangs, left over)."""
+def micro_batch(
+    sizes: list[int], needs: list[int], num_ranks: int, unit: int, widest: int
+) -> tuple[list[Gang], list[int]]:
+    """One micro-batch of samples of `sizes` tokens, longest first, which need `needs` ranks: (gangs, left over).
+
+    No sample takes more ranks than it needs beyond a degree of `widest`.
+    """
     cap = CAP_SLACK * sizes[0] * unit
     first = Gang(needs[0])
     first.take(0, sizes[0])
@@ -75,7 +82,7 @@ def micro_batch(sizes: list[int], needs: list[int], num_ranks: int, unit: int) -
     left: list[int] = []
     for sample in range(1, len(sizes)):
         length = sizes[sample]
-        best, degree = _best_place(length, needs[sample], by_degree, free, peak, cap, unit, num_ranks)
+        best, degree = _best_place(length, needs[sample], by_degree, free, peak, cap, unit, widest)
         if degree == 0:
             left.append(sample)
             continue
@@ -88,19 +95,19 @@ def micro_batch(sizes: list[int], needs: list[int], num_ranks: int, unit: int) -
         peak = max(peak, best.squares)
         if best.local_tokens + shortest / best.degree > unit:  # nothing fits any more: spare later samples the look
             by_degree[best.degree].remove(best)
-    if free and not _fill_free_ranks(gangs, free, num_ranks):
+    if free and not _fill_free_ranks(gangs, free, widest) and widest == num_ranks:
         return _one_gang(sizes, num_ranks, unit)
     return gangs, left
 
 
 def _best_place(
     length: int, need: int, by_degree: dict[int, list[Gang]], free: int, peak: float, cap: float, unit: int,
-    num_ranks: int,
+    widest: int,
 ) -> tuple[Gang | None, int]:  # fmt: skip
     """The gang to join, or None and the degree of a new one, or (None, 0) where there is no place."""
     best, best_degree, best_peak = None, 0, np.inf
     degree = need
-    while degree <= num_ranks:
+    while degree <= max(widest, need):
         work, local = length * length / degree, length / degree
         for gang in by_degree.get(degree, ()):
             if gang.local_tokens + local > unit:
@@ -120,12 +127,12 @@ def _best_place(
     return best, best_degree
 
 
-def _fill_free_ranks(gangs: list[Gang], free: int, num_ranks: int) -> bool:
+def _fill_free_ranks(gangs: list[Gang], free: int, widest: int) -> bool:
     """Double smallest gangs until no rank is free; False where a doubling would need more ranks than are free."""
     while free:
         smallest = min(gangs, key=lambda gang: gang.degree)
-        wider = min(2 * smallest.degree, num_ranks)
-        if wider - smallest.degree > free or wider & (wider - 1):
+        wider = min(2 * smallest.degree, widest)
+        if wider <= smallest.degree or wider - smallest.degree > free or wider & (wider - 1):
             return False
         free -= wider - smallest.degree
         smallest.degree = wider

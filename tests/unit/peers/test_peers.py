@@ -1,5 +1,6 @@
 """Every peer plans every sample exactly once, on sets that break planners."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -112,13 +113,21 @@ def test_dynamic_micro_batches_leave_no_rank_empty():
     rng = np.random.default_rng(4)
     for _ in range(50):
         sizes = sorted(rng.integers(1, 4 * UNIT, rng.integers(1, 60)).tolist(), reverse=True)
-        gangs, left = micro_batch(sizes, least_degree(np.array(sizes), UNIT, RANKS).tolist(), RANKS, UNIT)
+        gangs, left = micro_batch(sizes, least_degree(np.array(sizes), UNIT, RANKS).tolist(), RANKS, UNIT, RANKS)
         assert sum(gang.degree for gang in gangs) == RANKS
         ids = [sample for gang in gangs for sample in gang.ids]
         assert sorted(ids + left) == list(range(len(sizes)))
         assert 0 in ids
         for gang in gangs:
             assert sum(sizes[sample] for sample in gang.ids) <= UNIT * gang.degree
+
+
+def test_dynamic_gangs_end_at_the_heads():
+    cost = replace(COST, max_cp_degree=2)
+    for lengths in (np.array([7]), np.array([2 * UNIT, 900, 900, 50]), mixed(200, 3) // 4 + 1):
+        made = default_dynamic(lengths, num_ranks=RANKS, step_tokens=2 * RANKS * UNIT, unit=UNIT, cost=cost)
+        assert made.pack_cp.max() == 2
+        assert sorted(made.sample_ids) == list(range(len(lengths)))
 
 
 def test_skrull_joins_local_packs_to_the_distributed_one():
