@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.exchange_ranks import COUNTED_TOKENS, NODE_SIZE, ROUNDS, TIMED_TOKENS, request_of
+from benchmarks.lengths import generate
 from megatron_hbp.data.prepare import prepare_store
 from megatron_hbp.data.tokenizer import ChatTokenizer
 from megatron_hbp.demo.corpus import build_corpus
-from megatron_hbp.planning import make_plan, parse_tiers, planfile
-from megatron_hbp.planning.cost import DEEPSEEK_V2, CostModel, preset
-from megatron_hbp.planning.exchange import (
+from megatron_hbp.planning import make_plan, parse_tiers
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.exchanges import (
     EXCHANGES,
     AttentionShape,
     Exchange,
@@ -36,8 +37,8 @@ from megatron_hbp.planning.exchange import (
     price,
     refusal,
 )
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import DEEPSEEK_V2, CostModel, preset
 from tests.launching import launch
 
 LLAMA_8B = AttentionShape(num_query_heads=32, num_kv_heads=8, qk_width=128, v_width=128)

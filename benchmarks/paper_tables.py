@@ -2,7 +2,7 @@
 
     python -m benchmarks.paper_tables [--lengths LENGTHS.npy] [--write benchmarks/paper_tables.md]
 
-Paper: arXiv 2503.07680v3. Lengths are generated (planning/generators.py), the data sets' own are not available. GPU
+Paper: arXiv 2503.07680v3. Lengths are generated (benchmarks/lengths.py), the data sets' own are not available. GPU
 days need the number of epochs, which the paper does not say: one factor, set by table 6's first row, serves all tables.
 """
 
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.calibrate import RATES, Fit, Timing, fit
+from benchmarks.lengths import generate
 from benchmarks.peers.flexsp import flexsp
 from megatron_hbp.planning import Plan, make_plan, parse_tiers
-from megatron_hbp.planning.calibrate import RATES, Fit, Timing, fit
-from megatron_hbp.planning.cost import CostModel, preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.packing import METHODS, PackingMethod, isf
+from megatron_hbp.planning.cost.model import CostModel, preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import side_by_side_abr
+from megatron_hbp.planning.packing.methods import METHODS, PackingMethod, isf
 from megatron_hbp.planning.planner import method_plan
-from megatron_hbp.planning.quality import side_by_side_abr
-from megatron_hbp.planning.simulate import simulate
-from megatron_hbp.planning.topology import Topology
+from megatron_hbp.planning.simulate.simulator import simulate
+from megatron_hbp.planning.simulate.topology import Topology
 
 NAIVE = "131072:cp8:full28"
 TWO_TIERS = "16384:cp1:full28,131072:cp8:full28"

@@ -15,24 +15,24 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lengths import generate
+from benchmarks.online import plan_batch
 from megatron_hbp.planning import Plan, make_plan, parse_tiers
-from megatron_hbp.planning.cost import ATTENTION_ONLY, CostModel, preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.layout import Request
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.online import plan_batch
-from megatron_hbp.planning.packing import isf
-from megatron_hbp.planning.peers import PEERS
-from megatron_hbp.planning.plan import DataFingerprint
-from megatron_hbp.planning.planner import method_plan, naive_plan
-from megatron_hbp.planning.quality import (
+from megatron_hbp.planning.core.plan import DataFingerprint
+from megatron_hbp.planning.core.tiers import layers
+from megatron_hbp.planning.cost.model import ATTENTION_ONLY, CostModel, preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import (
     loss_token_variation,
     lower_bound,
     noisy_step_ratio,
     randomness,
     side_by_side_abr,
 )
-from megatron_hbp.planning.types import layers
+from megatron_hbp.planning.packing.methods import isf
+from megatron_hbp.planning.peers import PEERS
+from megatron_hbp.planning.planner import method_plan, naive_plan
+from megatron_hbp.planning.schedule.placement import Request
 
 LLAMA, DEEPSEEK = preset("llama3.1-8b-h100"), preset("deepseek-v2-h100")
 LOCAL_TOKENS = 16384

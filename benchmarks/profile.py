@@ -27,12 +27,13 @@ from rich.table import Table
 
 from megatron_hbp.demo.__main__ import NUM_RANKS, TIERS
 from megatron_hbp.demo.models import MODELS
-from megatron_hbp.planning import planfile, profile_table
-from megatron_hbp.planning.cost_file import cost_model
-from megatron_hbp.planning.fit import fit_profile, spearman
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.tiers import parse_tiers
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.file import cost_model
+from megatron_hbp.planning.cost.fit import fit_profile, spearman
+from megatron_hbp.planning.cost.profile_memory import peak_of
 from megatron_hbp.planning.planner import make_plan
-from megatron_hbp.planning.profile_memory import peak_of
-from megatron_hbp.planning.types import parse_tiers
 from megatron_hbp.report.profile_tables import fit_lines, fit_table
 
 GRID = ["--lengths", "512,1024,8192", "--most-local", "2048", "--cp", "1,4", "--recompute", "none,full2"]

@@ -26,7 +26,7 @@ def main() -> None:
     tokens, cp_degree, recompute, result = os.environ["HBP_RSS"].split()
     options = ProfileOptions.from_argv(sys.argv[1:])
     sys.argv[1:] = platform_flags() + implied_flags(options) + sys.argv[1:]
-    from megatron_hbp.planning.profile_table import Setting
+    from megatron_hbp.planning.cost.profile_table import Setting
     from megatron_hbp.profiling.measure import agree
     from megatron_hbp.profiling.packs import plan_of_one_pack
     from megatron_hbp.profiling.session import build

@@ -19,13 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lengths import generate
 from megatron_hbp.data.manifest import BULK_FILES, TokenizerInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.writer import StoreWriter
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.training.feed import Feed, MicroBatch
 
 TIERS = "16384:cp1,32768:cp2,65536:cp4,131072:cp8"

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.lengths import generate
 from benchmarks.paper_tables import LOCAL, NAIVE, TWO_TIERS, calibrated, packed
 from megatron_hbp.planning import Plan, make_plan, parse_tiers
-from megatron_hbp.planning.cost import CostModel, TierCost, preset
-from megatron_hbp.planning.generators import generate
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.model import CostModel, TierCost, preset
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic
 from megatron_hbp.planning.peers.static_cp import static_cp
-from megatron_hbp.planning.select_joint import select_joint
-from megatron_hbp.planning.simulate import Simulation, simulate
-from megatron_hbp.planning.topology import Topology
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.select.joint import select_joint
+from megatron_hbp.planning.simulate.simulator import Simulation, simulate
+from megatron_hbp.planning.simulate.topology import Topology
 
 FOUR_TIERS = "16384:cp1:full28,32768:cp2:full28,65536:cp4:full28,131072:cp8:full28"
 

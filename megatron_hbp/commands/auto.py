@@ -7,13 +7,13 @@ import numpy as np
 from rich.console import Console
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.cost.profile_table import ProfileTable
 from megatron_hbp.planning.planner import Overlong, Schedule
-from megatron_hbp.planning.profile_table import ProfileTable
-from megatron_hbp.planning.select import MemoryTable
-from megatron_hbp.planning.select_joint import select_joint
-from megatron_hbp.planning.select_profile import profiled
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.select.from_profile import profiled
+from megatron_hbp.planning.select.joint import select_joint
+from megatron_hbp.planning.select.settings import MemoryTable
 from megatron_hbp.report.selection import selection_table
 
 

@@ -14,19 +14,20 @@ from rich.progress import track
 from megatron_hbp.commands.auto import Select, auto_tiers, parse_memory
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning import planfile, profile_table
 from megatron_hbp.planning.compare import Planner, contenders
 from megatron_hbp.planning.compare import compare as compare_all
-from megatron_hbp.planning.cost import DEFAULT_COST_MODEL, CostModel
-from megatron_hbp.planning.cost_file import cost_file_of, cost_model
-from megatron_hbp.planning.inputs import PlanInput, read_lengths
-from megatron_hbp.planning.layout import Request
-from megatron_hbp.planning.plan import DataFingerprint
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import DataFingerprint
+from megatron_hbp.planning.core.rows import plan_rows
+from megatron_hbp.planning.core.samples import PlanInput, read_lengths
+from megatron_hbp.planning.core.tiers import Recompute, Tier, parse_tiers
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.file import cost_file_of, cost_model
+from megatron_hbp.planning.cost.model import DEFAULT_COST_MODEL, CostModel
+from megatron_hbp.planning.measure.quality import lower_bound
 from megatron_hbp.planning.planner import check_lengths, check_ranks, make_plan, naive_plan
-from megatron_hbp.planning.quality import lower_bound
 from megatron_hbp.planning.reschedule import epoch_seed, join_epochs, reschedule
-from megatron_hbp.planning.show import plan_rows
-from megatron_hbp.planning.types import Recompute, Tier, parse_tiers
+from megatron_hbp.planning.schedule.placement import Request
 from megatron_hbp.report.plan_tables import (
     comparison_table,
     counts_line,

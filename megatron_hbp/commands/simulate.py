@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.cost_file import cost_model
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.simulate import Simulation, simulate
-from megatron_hbp.planning.topology import Topology
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.file import cost_model
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.simulate.simulator import Simulation, simulate
+from megatron_hbp.planning.simulate.topology import Topology
 from megatron_hbp.report.simulation import draw_steps, idle_table, summary_table
 from megatron_hbp.report.terminal import wide_console
 

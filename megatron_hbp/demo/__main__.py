@@ -16,12 +16,12 @@ from megatron_hbp.demo.corpus import CorpusSummary, SplitSummary, build_corpus
 from megatron_hbp.demo.models import MODELS
 from megatron_hbp.demo.training import Run, train
 from megatron_hbp.errors import HbpError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import parse_tiers
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
 from megatron_hbp.planning.planner import DEFAULT_COST_MODEL, make_plan, naive_plan
-from megatron_hbp.planning.types import parse_tiers
 from megatron_hbp.report.plan_tables import tier_table
 from megatron_hbp.report.run_picture import draw_runs
 from megatron_hbp.report.terminal import wide_console

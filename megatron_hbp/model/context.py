@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_hbp.model.split import Split
-from megatron_hbp.planning.exchange import Exchange
-from megatron_hbp.planning.types import Auto, Kernel, Recompute
+from megatron_hbp.planning.core.exchanges import Exchange
+from megatron_hbp.planning.core.tiers import Auto, Kernel, Recompute
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ from megatron.core import tensor_parallel
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model.context import MicroBatchContext, capture_context
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.planning.core.tiers import Recompute
 
 # Recompute module (as in --recompute-modules) -> the flags its owners read at forward, as of megatron-core 0.19.2.
 FLAGS: dict[str, tuple[str, ...]] = {

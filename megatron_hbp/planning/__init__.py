@@ -3,10 +3,10 @@
 lengths --group_data--> tiers --pack, fill--> packs --balance--> slots --shuffle--> steps = Plan --save--> file
 """
 
-from megatron_hbp.planning.plan import DataFingerprint, Plan
-from megatron_hbp.planning.planfile import check_data, load, save
+from megatron_hbp.planning.core.plan import DataFingerprint, Plan
+from megatron_hbp.planning.core.planfile import check_data, load, save
+from megatron_hbp.planning.core.tiers import Pack, Recompute, Tier, parse_tiers
 from megatron_hbp.planning.planner import make_plan, naive_plan
-from megatron_hbp.planning.types import Pack, Recompute, Tier, parse_tiers
 
 __all__ = [
     "DataFingerprint",

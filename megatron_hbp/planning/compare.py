@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_hbp.planning.layout import Request
-from megatron_hbp.planning.metrics import PlanMetrics, plan_metrics
-from megatron_hbp.planning.packing import METHODS, PackingMethod
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.measure.metrics import PlanMetrics, plan_metrics
+from megatron_hbp.planning.measure.quality import Randomness, randomness
+from megatron_hbp.planning.packing.methods import METHODS, PackingMethod
 from megatron_hbp.planning.peers import PEERS, Planner
-from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.planner import Schedule, make_plan, method_plan
-from megatron_hbp.planning.quality import Randomness, randomness
+from megatron_hbp.planning.schedule.placement import Request
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,14 @@ from typing import Literal
 import numpy as np
 
 from megatron_hbp.errors import ConfigError, DataError
-from megatron_hbp.planning.cost import DEFAULT_COST_MODEL, CostModel, preset
-from megatron_hbp.planning.gang import gang_packs
-from megatron_hbp.planning.layout import Occurrences, Request, place_lockstep, write_plan
-from megatron_hbp.planning.packing import PackingMethod, isf
-from megatron_hbp.planning.packs import balanced_packs, filled_packs
-from megatron_hbp.planning.plan import DataFingerprint, Plan
-from megatron_hbp.planning.supervision import even_out
-from megatron_hbp.planning.types import Tier, check_tiers
+from megatron_hbp.planning.core.plan import DataFingerprint, Plan
+from megatron_hbp.planning.core.tiers import Tier, check_tiers
+from megatron_hbp.planning.cost.model import DEFAULT_COST_MODEL, CostModel, preset
+from megatron_hbp.planning.packing.hierarchical import balanced_packs, filled_packs
+from megatron_hbp.planning.packing.methods import PackingMethod, isf
+from megatron_hbp.planning.schedule.gang import gang_packs
+from megatron_hbp.planning.schedule.loss_tokens import even_out
+from megatron_hbp.planning.schedule.placement import Occurrences, Request, place_lockstep, write_plan
 
 Overlong = Literal["error", "drop", "truncate"]
 Schedule = Literal["lockstep", "gang"]

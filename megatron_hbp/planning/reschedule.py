@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from megatron_hbp.errors import ConfigError, PlanError
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.planner import check_ranks
-from megatron_hbp.planning.schedule import balanced_slots
+from megatron_hbp.planning.schedule.slots import balanced_slots
 
 
 def reschedule(plan: Plan, *, num_ranks: int, cost: CostModel, from_step: int = 0, slot_multiple: int = 1) -> Plan:

@@ -9,10 +9,10 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_hbp.errors import PlanError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.profile_table import write_json
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.cost.profile_table import write_json
 from megatron_hbp.profiling.measure import DoesNotFitError, RanksStuckError, gangs_by_rank, time_repeats
 from megatron_hbp.profiling.progress import counted
 from megatron_hbp.profiling.session import Session

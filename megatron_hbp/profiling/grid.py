@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.profile_table import SHAPES, Setting
-from megatron_hbp.planning.types import Recompute, parse_tiers
+from megatron_hbp.planning.core.tiers import Recompute, parse_tiers
+from megatron_hbp.planning.cost.profile_table import SHAPES, Setting
 
 LEAST_LOCAL_TOKENS = 64
 """Settings with fewer tokens on a rank are left out: launches and latencies alone."""

@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron_hbp.errors import DataError, HbpError, StopRequested
-from megatron_hbp.planning import cost_file, profile_table
-from megatron_hbp.planning.fit import ProfileFit, fit_profile
-from megatron_hbp.planning.profile_memory import predict, with_limit
-from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable, Setting
+from megatron_hbp.planning.cost import file as cost_file
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.fit import ProfileFit, fit_profile
+from megatron_hbp.planning.cost.profile_memory import predict, with_limit
+from megatron_hbp.planning.cost.profile_table import ProfileRow, ProfileTable, Setting
 from megatron_hbp.profiling.options import ProfileOptions, implied_flags
 from megatron_hbp.training.main import fail, leave, platform_flags
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_hbp.planning.profile_memory import over_limit
-from megatron_hbp.planning.profile_table import ProfileRow, Setting
+from megatron_hbp.planning.cost.profile_memory import over_limit
+from megatron_hbp.planning.cost.profile_table import ProfileRow, Setting
 from megatron_hbp.profiling.packs import plan_of_one_pack
 from megatron_hbp.profiling.session import Session
 from megatron_hbp.training.feed import Feed

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.cost_file import cost_file_of
-from megatron_hbp.planning.profile_table import ModelFacts
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.planning.core.tiers import Recompute
+from megatron_hbp.planning.cost.file import cost_file_of
+from megatron_hbp.planning.cost.profile_table import ModelFacts
 from megatron_hbp.profiling.grid import parse_numbers, parse_policies
 from megatron_hbp.training.options import add_hbp_arguments
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, track
 from rich.progress import Progress as Bar
 
-from megatron_hbp.planning.profile_table import ModelFacts, ProfileRow, Setting
+from megatron_hbp.planning.cost.profile_table import ModelFacts, ProfileRow, Setting
 
 FIXED_TOKENS = 512
 """A row costs at least what so many tokens cost: launches, and the agreement of the ranks."""

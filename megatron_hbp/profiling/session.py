@@ -30,10 +30,10 @@ from megatron_hbp.model.loss import CHUNK_ROWS
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
 from megatron_hbp.model.spec import with_packed_model
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.exchange import refusal
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.profile_table import ProfileHeader
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.planning.core.exchanges import refusal
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Recompute
+from megatron_hbp.planning.cost.profile_table import ProfileHeader
 from megatron_hbp.profiling.options import ProfileOptions, add_arguments, check_args, config_digest, model_facts
 from megatron_hbp.profiling.packs import SyntheticStore
 from megatron_hbp.profiling.yardstick import Yardstick

@@ -5,10 +5,10 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_hbp.planning.compare import Contender
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.metrics import PlanMetrics, plan_metrics
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.quality import side_by_side_abr
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.measure.metrics import PlanMetrics, plan_metrics
+from megatron_hbp.planning.measure.quality import side_by_side_abr
 from megatron_hbp.report.picture import pyplot, save_picture
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from megatron_hbp.planning.fit import ProfileFit, spearman
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.profile_table import SHAPES, ProfileTable
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.fit import ProfileFit, spearman
+from megatron_hbp.planning.cost.profile_table import SHAPES, ProfileTable
 from megatron_hbp.report.terminal import wide_console
 
 

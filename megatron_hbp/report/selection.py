@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from megatron_hbp.planning.select_joint import Selection, Tried
+from megatron_hbp.planning.select.joint import Selection, Tried
 
 
 def selection_table(selection: Selection, *, cost_model: str) -> Table:

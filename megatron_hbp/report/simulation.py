@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from megatron_hbp.planning.pipeline import run_pipeline
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.simulate import Simulation, gang_ends
+from megatron_hbp.planning.core.pipeline import run_pipeline
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.simulate.simulator import Simulation, gang_ends
 from megatron_hbp.report.picture import pyplot, save_picture
 
 _COLORS = ("#3d6b99", "#5b8c5a", "#8a6bb1", "#c98a2b", "#4f9d9d", "#9a5f3c", "#7a7a3a", "#5a5a8c")

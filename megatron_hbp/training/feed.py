@@ -17,9 +17,9 @@ from megatron_hbp.model.context import MicroBatchContext
 from megatron_hbp.model.loss import LossRows
 from megatron_hbp.model.split import split_pack
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.exchange import AUTO
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.core.exchanges import AUTO
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.training.batch import PackSlice, padded_length, slice_of_pack
 from megatron_hbp.training.read_ahead import ReadAhead
 from megatron_hbp.training.transfer import on_device, pinned

@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import ConfigError, PlanError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.exchange import EXCHANGES
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Kernel
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.exchanges import EXCHANGES
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Kernel
 
 
 def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -10,9 +10,9 @@ import torch
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import kernels
 from megatron_hbp.model.spec import why_no_latents
-from megatron_hbp.planning.exchange import AUTO, EXCHANGES, AttentionShape, Exchange, Machine, choose, refusal
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Kernel, Tier
+from megatron_hbp.planning.core.exchanges import AUTO, EXCHANGES, AttentionShape, Exchange, Machine, choose, refusal
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Kernel, Tier
 from megatron_hbp.training.options import HbpOptions
 
 

@@ -15,10 +15,10 @@ import pytest
 from megatron_hbp.data.manifest import TokenizerInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.writer import StoreWriter
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import parse_tiers
 from megatron_hbp.planning.planner import make_plan
-from megatron_hbp.planning.types import parse_tiers
 from tests.launching import ROOT
 
 VOCABULARY = 96

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hbp.planning import profile_table
-from megatron_hbp.planning.cost_file import cost_model
-from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.core.tiers import parse_tiers
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.file import cost_model
+from megatron_hbp.planning.cost.profile_table import ProfileRow, ProfileTable
 from tests.launching import ROOT
 
 pytestmark = pytest.mark.slow  # four starts, 60 s of the twelve minutes that make test may take

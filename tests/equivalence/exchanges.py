@@ -31,8 +31,8 @@ from megatron_hbp.model.attention import EXCHANGES  # noqa: E402
 from megatron_hbp.model.exchange import ring  # noqa: E402
 from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.exchange import AttentionShape, elements  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
+from megatron_hbp.planning.core.exchanges import AttentionShape, elements  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training.batch import padded_length, slice_of_pack  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore  # noqa: E402

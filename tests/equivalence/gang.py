@@ -28,8 +28,8 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 
 from megatron_hbp.errors import PlanError  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.plan import Plan  # noqa: E402
-from megatron_hbp.planning.types import Tier  # noqa: E402
+from megatron_hbp.planning.core.plan import Plan  # noqa: E402
+from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training import batch, feed  # noqa: E402
 from megatron_hbp.training.agreement import check_orders, check_same_plans  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402

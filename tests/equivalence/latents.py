@@ -30,8 +30,8 @@ from megatron_hbp.model import latents, sliced  # noqa: E402
 from megatron_hbp.model.exchange import collectives, latent_ring  # noqa: E402
 from megatron_hbp.model.mla import PackedMLASelfAttention  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.exchange import AttentionShape, Exchange, elements  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
+from megatron_hbp.planning.core.exchanges import AttentionShape, Exchange, elements  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from tests.equivalence import matrix, models  # noqa: E402
 from tests.equivalence.dealing import dealt, one_by_one  # noqa: E402
 from tests.equivalence.factors import Case  # noqa: E402

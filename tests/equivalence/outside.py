@@ -51,7 +51,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 from megatron_hbp.model.router import PackedRouter  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
-from megatron_hbp.planning.types import Tier  # noqa: E402
+from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training import feed, forward  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402

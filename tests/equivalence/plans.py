@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hbp.planning.plan import DataFingerprint, Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import DataFingerprint, Plan
+from megatron_hbp.planning.core.tiers import Tier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ cpu.apply()
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import forward, metrics  # noqa: E402
 from tests.blame import caller  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402

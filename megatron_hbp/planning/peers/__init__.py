@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_hbp.planning.layout import Request
+from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.peers.common import Peer
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic
 from megatron_hbp.planning.peers.skrull import skrull
 from megatron_hbp.planning.peers.static_cp import static_cp
 from megatron_hbp.planning.peers.verl_kk import verl_kk
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.schedule.placement import Request
 
 Planner = Callable[[np.ndarray, Request], Plan]
 """Lengths int64 [n] and what is asked for -> a plan."""

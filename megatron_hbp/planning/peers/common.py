@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from megatron_hbp.errors import DataError
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.plan import DataFingerprint, Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import DataFingerprint, Plan
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.model import CostModel
 
 UNIT = 16384
 """Tokens that one rank holds, as in the paper's setting."""

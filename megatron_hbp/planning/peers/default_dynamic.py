@@ -21,9 +21,9 @@ micro-batch counts for interleaved pipelines.
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.peers.common import UNIT, PlanWriter, least_degree, random_steps
-from megatron_hbp.planning.plan import Plan
 
 CAP_SLACK = 1.05
 """A rank's cost may exceed longest * unit by this factor."""

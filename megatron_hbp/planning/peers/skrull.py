@@ -23,9 +23,9 @@ import heapq
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.peers.common import UNIT, PlanWriter, random_steps, static_degree, tier_of_degree
-from megatron_hbp.planning.plan import Plan
 
 MicroBatch = tuple[list[int], list[list[int]]]
 """Samples distributed over the gang, and samples local to each of its ranks."""

@@ -16,12 +16,12 @@ from functools import partial
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.packing import best_fit_shuffled, isf
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.packing.methods import best_fit_shuffled, isf
 from megatron_hbp.planning.peers.common import UNIT, PlanWriter, static_degree
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Tier
 
 LEAST_SHARE = 8
 """A rank holds at least unit / LEAST_SHARE tokens: below that kernels are too small for the rates of the model."""

@@ -16,10 +16,10 @@ limit), one more micro-batch is used, so that plans are valid. Batches need not 
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.peers.common import UNIT, PlanWriter, random_steps, static_degree
 from megatron_hbp.planning.peers.differencing import karmarkar_karp
-from megatron_hbp.planning.plan import Plan
 
 LINEAR = 24576.0
 """Weight of a token against a squared token: 6 * 4096."""

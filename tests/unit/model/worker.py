@@ -20,7 +20,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron_hbp.errors import ConfigError  # noqa: E402
 from megatron_hbp.model.context import bind, current, on_bind  # noqa: E402
 from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch, install_context_capture  # noqa: E402
-from megatron_hbp.planning.types import Recompute  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute  # noqa: E402
 from megatron_hbp.training.feed import MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.lengths import generate
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import Recompute, Tier, make_plan, parse_tiers
-from megatron_hbp.planning.cost import ATTENTION_ONLY, PRESETS, preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.metrics import plan_metrics
+from megatron_hbp.planning.cost.model import ATTENTION_ONLY, PRESETS, preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import lower_bound, noisy_step_ratio, side_by_side_abr
 from megatron_hbp.planning.planner import naive_plan
-from megatron_hbp.planning.quality import lower_bound, noisy_step_ratio, side_by_side_abr
 
 LLAMA = preset("llama3.1-8b-h100")
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_hbp.errors import DiskError, PlanError
 from megatron_hbp.planning import check_data, load, make_plan, parse_tiers, save
-from megatron_hbp.planning.planfile import MAGIC
+from megatron_hbp.planning.core.planfile import MAGIC
 
 LENGTHS = np.concatenate([np.random.default_rng(0).integers(1, 50, 56), [200, 130, 100, 256]])
 

@@ -3,19 +3,19 @@
 import numpy as np
 import pytest
 
+from benchmarks.online import plan_batch
 from megatron_hbp.errors import ConfigError, PlanError
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.layout import Request
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.online import plan_batch
-from megatron_hbp.planning.packing import METHODS
+from megatron_hbp.planning.core.plan import DataFingerprint
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import randomness
+from megatron_hbp.planning.packing.methods import METHODS
 from megatron_hbp.planning.peers import PEERS
-from megatron_hbp.planning.plan import DataFingerprint
 from megatron_hbp.planning.planner import method_plan, naive_plan
-from megatron_hbp.planning.quality import randomness
 from megatron_hbp.planning.reschedule import epoch_seed, join_epochs, mixture_repeats, reschedule
-from megatron_hbp.planning.schedule import balanced_slots, steps_of_slots
+from megatron_hbp.planning.schedule.placement import Request
+from megatron_hbp.planning.schedule.slots import balanced_slots, steps_of_slots
 
 COST = preset("llama3.1-8b-h100")
 TIERS = parse_tiers("1024:cp1,2048:cp2,8192:cp8")

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.lengths import generate
 from megatron_hbp.commands.auto import parse_memory
 from megatron_hbp.commands.plan import app
 from megatron_hbp.errors import ConfigError, DataError, HbpError
 from megatron_hbp.planning import load, parse_tiers
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.generators import generate
+from megatron_hbp.planning.core.tiers import layers
+from megatron_hbp.planning.cost.model import preset
 from megatron_hbp.planning.planner import make_plan
-from megatron_hbp.planning.select import (
+from megatron_hbp.planning.select.joint import account, select_joint
+from megatron_hbp.planning.select.search import chain_seconds, grid, nodes, search
+from megatron_hbp.planning.select.settings import (
     ProfileRow,
     allowed_degrees,
     iteration_row,
@@ -22,9 +25,6 @@ from megatron_hbp.planning.select import (
     rows_of_cost,
     select_paper,
 )
-from megatron_hbp.planning.select_joint import account, select_joint
-from megatron_hbp.planning.tier_search import chain_seconds, grid, nodes, search
-from megatron_hbp.planning.types import layers
 
 COST = preset("llama3.1-8b-h100")
 MEMORY = COST.recompute_layers

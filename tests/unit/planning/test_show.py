@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_hbp.planning import Tier, make_plan, parse_tiers
-from megatron_hbp.planning.local import SHARED, cp_local_ranks
-from megatron_hbp.planning.show import plan_rows
-from megatron_hbp.planning.types import Pack
+from megatron_hbp.planning.core.rows import plan_rows
+from megatron_hbp.planning.core.slices import SHARED, cp_local_ranks
+from megatron_hbp.planning.core.tiers import Pack
 
 
 def pack_of(lengths):

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.lengths import generate
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.pieces import pack_pieces
-from megatron_hbp.planning.simulate import gang_seconds, simulate
-from megatron_hbp.planning.topology import SHAPES, Topology, gradient_sync, place_cost
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.simulate.breakdown import pack_pieces
+from megatron_hbp.planning.simulate.simulator import gang_seconds, simulate
+from megatron_hbp.planning.simulate.topology import SHAPES, Topology, gradient_sync, place_cost
 
 LLAMA, DEEPSEEK = preset("llama3.1-8b-h100"), preset("deepseek-v2-h100")
 TIERS = parse_tiers("16384:cp1:full28,32768:cp2:full28,65536:cp4:full23,131072:cp8:full28")

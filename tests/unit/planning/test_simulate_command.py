@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.calibrate import RATES, Timing, fit, predict
+from benchmarks.lengths import generate
 from megatron_hbp.cli import app
 from megatron_hbp.errors import ConfigError, DataError, DiskError, PlanError
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.calibrate import RATES, Timing, fit, predict
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.planfile import save
+from megatron_hbp.planning.core.planfile import save
+from megatron_hbp.planning.cost.model import preset
 
 LLAMA = preset("llama3.1-8b-h100")
 

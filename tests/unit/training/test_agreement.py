@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_hbp.errors import PlanError
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training.agreement import check_meetings, order_of, planned_orders
 from megatron_hbp.training.feed import Feed
 from tests.equivalence.plans import plan_of

@@ -9,7 +9,7 @@ import torch
 
 from megatron_hbp.errors import PlanError
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.training.batch import PADDING_SEGMENT
 from megatron_hbp.training.feed import DUMMY, Feed, MicroBatch, joint_policy
 from tests.equivalence.plans import MemoryStore, plan_of

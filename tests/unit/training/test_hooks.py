@@ -24,8 +24,8 @@ from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import loss
 from megatron_hbp.model.recompute import FLAGS
 from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training import hooks
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training import metrics
 from megatron_hbp.training.feed import DUMMY
 from megatron_hbp.training.metrics import RunMetrics

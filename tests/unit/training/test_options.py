@@ -14,9 +14,9 @@ from megatron_hbp.data.manifest import TokenizerInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.writer import StoreWriter
 from megatron_hbp.errors import ConfigError, DataError, PlanError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.training import main, options
 from megatron_hbp.training.options import HbpOptions, PlannedData
 from tests.equivalence.plans import plan_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training import feed as feeds
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.read_ahead import ReadAhead

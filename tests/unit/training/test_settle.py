@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.cost import DEEPSEEK_V2
-from megatron_hbp.planning.exchange import AttentionShape, Machine
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.exchanges import AttentionShape, Machine
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.model import DEEPSEEK_V2
 from megatron_hbp.training.settle import attention_shape, settle_tiers
 from tests.equivalence.plans import plan_of
 
