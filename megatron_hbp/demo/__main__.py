@@ -18,13 +18,15 @@ from megatron_hbp.demo.training import Run, train
 from megatron_hbp.errors import HbpError
 from megatron_hbp.planning.core import planfile
 from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
 from megatron_hbp.planning.core.tiers import parse_tiers
-from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.cost.presets import DEFAULT_COST_MODEL, preset
 from megatron_hbp.planning.measure.metrics import plan_metrics
-from megatron_hbp.planning.planner import DEFAULT_COST_MODEL, make_plan, naive_plan
+from megatron_hbp.planning.planner import make_plan, naive_plan
+from megatron_hbp.planning.request import Request
 from megatron_hbp.report.plan_tables import tier_table
 from megatron_hbp.report.run_picture import draw_runs
-from megatron_hbp.report.terminal import wide_console
+from megatron_hbp.report.terminal import table_console
 
 TIERS = "1024:cp1,8192:cp4:full1"
 NUM_RANKS = 4
@@ -39,7 +41,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where everything goes (default out/demo)")
     out = parser.parse_args().out
     started = time.monotonic()
-    console = wide_console()
+    console = table_console()
     try:
         learnt = _demo(out, console)
     except HbpError as error:
@@ -84,14 +86,14 @@ _FILES = {"plan": "train.plan", "store": "train", "valid-plan": "heldout.plan", 
 
 
 def _plan(store: TokenStore, num_ranks: int) -> Plan:
-    return make_plan(
-        store.lengths,
-        tiers=parse_tiers(TIERS),
-        num_ranks=num_ranks,
-        step_tokens=STEP_TOKENS * num_ranks // NUM_RANKS,
-        loss_tokens=store.loss_tokens,
-        store_fingerprint=store.fingerprint,
-    )
+    samples = Samples.of(store.lengths, store.loss_tokens, store_fingerprint=store.fingerprint)
+    return make_plan(samples, _request(num_ranks))
+
+
+def _request(num_ranks: int) -> Request:
+    return Request(
+        tiers=parse_tiers(TIERS), num_ranks=num_ranks, step_tokens=STEP_TOKENS * num_ranks // NUM_RANKS
+    )  # fmt: skip
 
 
 def unigram_entropy(store: TokenStore, vocab_size: int) -> float:
@@ -135,12 +137,9 @@ def _print_balance(store: TokenStore, console: Console) -> None:
         table.add_column(f"{measure.upper()} naive", justify="right")
         table.add_column(f"{measure.upper()} HBP", justify="right")
     cost = preset(DEFAULT_COST_MODEL)
-    tiers = parse_tiers(TIERS)
     widths = {NUM_RANKS: "4 ranks, as trained: one 8K pack at a time", WIDE: "16 ranks: N = 4 packs of 8K"}
     for num_ranks, label in widths.items():
-        step_tokens = STEP_TOKENS * num_ranks // NUM_RANKS
-        packed = naive_plan(store.lengths, tiers=tiers, num_ranks=num_ranks, step_tokens=step_tokens)
-        naive = plan_metrics(packed, cost)
+        naive = plan_metrics(naive_plan(Samples.of(store.lengths), _request(num_ranks)), cost)
         ours = plan_metrics(_plan(store, num_ranks), cost)
         table.add_row(label, *(f"{getattr(m, measure):.3f}" for measure in _MEASURES for m in (naive, ours)))
     console.print(table)

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_hbp.model.split import Split
-from megatron_hbp.planning.core.exchanges import Exchange
 from megatron_hbp.planning.core.tiers import Auto, Kernel, Recompute
 
 
@@ -34,7 +33,7 @@ class MicroBatchContext:
     """int64 [s]: position of each local token inside its own sample."""
     max_seqlen: int
     """Tokens of the longest sample."""
-    exchange: Exchange
+    exchange: str
     """What the ranks of the group exchange in attention; of no meaning at CP degree 1."""
     kernel: Kernel | Auto
     """Which attention kernel runs."""

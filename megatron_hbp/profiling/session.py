@@ -6,7 +6,7 @@ import io
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
@@ -24,23 +24,24 @@ from megatron.training.arguments import parse_and_validate_args
 
 from megatron_hbp import __version__
 from megatron_hbp.errors import ConfigError
+from megatron_hbp.families import model_of_args
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.extension import drop_stale_lock
 from megatron_hbp.model.loss import CHUNK_ROWS
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
 from megatron_hbp.model.spec import with_packed_model
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.core.exchanges import refusal
+from megatron_hbp.planning.core.exchanges import EXCHANGES
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.core.tiers import Recompute
 from megatron_hbp.planning.cost.profile_table import ProfileHeader
-from megatron_hbp.profiling.options import ProfileOptions, add_arguments, check_args, config_digest, model_facts
+from megatron_hbp.profiling.options import ProfileOptions, add_arguments, check_args, config_digest
 from megatron_hbp.profiling.packs import SyntheticStore
 from megatron_hbp.profiling.yardstick import Yardstick
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.forward import make_forward_step
 from megatron_hbp.training.hooks import pipeline_arguments
-from megatron_hbp.training.settle import attention_shape, machine_of, settle_tiers
+from megatron_hbp.training.settle import machine_of, settle_tiers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +80,8 @@ class Session:
         lengths = torch.zeros(plan.data.num_samples, dtype=torch.int64).numpy()
         lengths[plan.sample_ids] = plan.lengths
         tiers, _ = settle_tiers(
-            plan, attention_shape(self.args), machine_of(self.args),
+            plan, self.header.model.attention.on_tensor_parallel_rank(self.args.tensor_model_parallel_size),
+            machine_of(self.args),
             exchange=self.header.exchange, kernel=self.args.hbp_kernel,
         )  # fmt: skip
         store: Any = SyntheticStore(
@@ -170,13 +172,13 @@ def _header(
 ) -> ProfileHeader:
     tp = args.tensor_model_parallel_size
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    on_one = attention_shape(args)
-    whole = replace(on_one, num_query_heads=args.num_attention_heads, num_kv_heads=max(on_one.num_kv_heads * tp, 1))
+    model = model_of_args(args)
+    on_one = model.attention.on_tensor_parallel_rank(tp)
     return ProfileHeader(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
         # not megatron.core.__version__: it ends with the commit of whatever repository one stands in
         versions={"torch": torch.__version__, "megatron-core": version("megatron-core"), "megatron_hbp": __version__},
-        model=model_facts(args, whole, options.supervised),
+        model=model,
         flags=config_digest(config, args),
         layout={
             "world": args.world_size, "data_parallel": args.data_parallel_size, "tensor_parallel": tp,
@@ -184,8 +186,9 @@ def _header(
             "expert_parallel": args.expert_model_parallel_size, "node_size": max(1, local // tp),
         },
         dtype=str(args.params_dtype).removeprefix("torch."),
-        # plans price an exchange that they leave open as a2a, which needs whole heads on every rank
-        exchange=args.hbp_exchange or ("all_gather" if any(refusal("a2a", on_one, c) for c in degrees) else "a2a"),
+        # the first that all degrees allow, as cost models price an exchange that a plan leaves open
+        exchange=args.hbp_exchange
+        or next(each.name for each in EXCHANGES.values() if not any(each.refusal(on_one, c) for c in degrees)),
         supervised=options.supervised,
         logits_bytes=3.0 * 4 * args.padded_vocab_size / tp,  # three times fp32
         logits_rows=CHUNK_ROWS,

@@ -11,6 +11,7 @@ from megatron_hbp.errors import ConfigError, PlanError
 from megatron_hbp.planning.core import planfile
 from megatron_hbp.planning.core.exchanges import EXCHANGES
 from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
 from megatron_hbp.planning.core.tiers import Kernel
 
 
@@ -28,7 +29,7 @@ def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--hbp-valid-store", help="token store of the held-out samples")
     group.add_argument(
         "--hbp-exchange",
-        choices=EXCHANGES,
+        choices=tuple(EXCHANGES),
         help="what the ranks of a pack exchange in attention, for all tiers; left out, the tier's own or the cheapest",
     )
     group.add_argument(
@@ -73,7 +74,7 @@ class PlannedData:
         if store_path is None:
             raise ConfigError(f"{flag} {plan_path} needs its token store: give {flag.replace('plan', 'store')} DIR")
         plan, store = planfile.load(Path(plan_path)), TokenStore.open(Path(store_path))
-        planfile.check_data(plan, store.lengths, store.fingerprint)
+        planfile.check_data(plan, Samples.of(store.lengths, store_fingerprint=store.fingerprint))
         return PlannedData(plan=plan, store=store)
 
 

@@ -8,38 +8,23 @@ import numpy as np
 import torch
 
 from megatron_hbp.errors import ConfigError
+from megatron_hbp.families import model_of_args
 from megatron_hbp.model import kernels
 from megatron_hbp.model.spec import why_no_latents
-from megatron_hbp.planning.core.exchanges import AUTO, EXCHANGES, AttentionShape, Exchange, Machine, choose, refusal
+from megatron_hbp.planning.core.exchanges import AUTO, EXCHANGES, usable
+from megatron_hbp.planning.core.machine import H100, Machine
+from megatron_hbp.planning.core.model import AttentionShape
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.core.tiers import Kernel, Tier
+from megatron_hbp.planning.cost.exchange import choose_exchange
 from megatron_hbp.training.options import HbpOptions
-
-
-def attention_shape(args: Any) -> AttentionShape:
-    """Heads and widths on one tensor-parallel rank, from Megatron-LM's arguments."""
-    heads = args.num_attention_heads
-    if args.multi_latent_attention:
-        shape = AttentionShape(
-            num_query_heads=heads,
-            num_kv_heads=heads,
-            qk_width=args.qk_head_dim + args.qk_pos_emb_head_dim,
-            v_width=args.v_head_dim,
-            q_latent=args.q_lora_rank or args.hidden_size,
-            kv_latent=args.kv_lora_rank,
-            rope_width=args.qk_pos_emb_head_dim,
-        )
-    else:
-        width = args.kv_channels or args.hidden_size // heads
-        kv_heads = args.num_query_groups if args.group_query_attention else heads
-        shape = AttentionShape(num_query_heads=heads, num_kv_heads=kv_heads, qk_width=width, v_width=width)
-    return shape.on_tensor_parallel_rank(args.tensor_model_parallel_size)
 
 
 def machine_of(args: Any) -> Machine:
     """The cluster as far as this process knows it: ranks in a node, and the link speeds of the flags."""
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    return Machine(
+    return replace(
+        H100,
         node_size=max(1, devices // args.tensor_model_parallel_size),
         node_bandwidth=args.hbp_node_bandwidth * 1e9,
         cluster_bandwidth=args.hbp_cluster_bandwidth * 1e9,
@@ -57,7 +42,7 @@ def settle(args: Any, transformer: Any, options: HbpOptions) -> tuple[list[tuple
     Raises:
         ConfigError: a named exchange or kernel cannot be used.
     """
-    shape = attention_shape(args)
+    shape = model_of_args(args).attention.on_tensor_parallel_rank(args.tensor_model_parallel_size)
     if why_no_latents(transformer):
         shape = replace(shape, kv_latent=0)
     device = torch.device(torch.cuda.current_device())
@@ -80,7 +65,7 @@ def settle(args: Any, transformer: Any, options: HbpOptions) -> tuple[list[tuple
 
 
 def settle_tiers(
-    plan: Plan, shape: AttentionShape, machine: Machine | None, *, exchange: Exchange | None, kernel: Kernel | None
+    plan: Plan, shape: AttentionShape, machine: Machine | None, *, exchange: str | None, kernel: Kernel | None
 ) -> tuple[tuple[Tier, ...], list[str]]:
     """The plan's tiers without an `auto` exchange, and a line for the log for each tier that exchanges.
 
@@ -102,16 +87,16 @@ def settle_tiers(
             tiers.append(replace(tier, exchange="a2a", layout=AUTO))
             continue
         if tier.exchange == AUTO and machine is None:
-            tier = replace(tier, exchange=next(e for e in EXCHANGES if not refusal(e, shape, tier.cp_degree)))
+            tier = replace(tier, exchange=usable(shape, tier.cp_degree)[0].name)
             reason = f"{tier.exchange} (no CUDA device to price others for)"
         elif tier.exchange == AUTO:
             assert machine is not None
             chosen, reason = _cheapest(tier, plan.pack_squares[plan.pack_tier == index], shape, machine)
             tier = replace(tier, exchange=chosen)
-        elif refused := refusal(tier.exchange, shape, tier.cp_degree):
+        elif refused := EXCHANGES[tier.exchange].refusal(shape, tier.cp_degree):
             raise ConfigError(
                 f"tier {tier}: exchange {tier.exchange} cannot be used: {refused}; leave the exchange out, or give "
-                f"--hbp-exchange with one of {', '.join(e for e in EXCHANGES if not refusal(e, shape, tier.cp_degree))}"
+                f"--hbp-exchange with one of {', '.join(each.name for each in usable(shape, tier.cp_degree))}"
             )
         else:
             reason = f"{tier.exchange} (as asked for)"
@@ -120,19 +105,19 @@ def settle_tiers(
     return tuple(tiers), lines
 
 
-def _cheapest(tier: Tier, squares: np.ndarray, shape: AttentionShape, machine: Machine) -> tuple[Exchange, str]:
+def _cheapest(tier: Tier, squares: np.ndarray, shape: AttentionShape, machine: Machine) -> tuple[str, str]:
     """Name and reason; a pack of the tier is full and has the median of its packs' summed squares."""
-    choice = choose(
+    choice = choose_exchange(
         shape,
         cp_degree=tier.cp_degree,
         tokens=tier.packing_length,
         squares=float(np.median(squares)) if len(squares) else float(tier.packing_length),
         machine=machine,
+        zigzag=tier.layout == "contiguous" or tier.packing_length % (2 * tier.cp_degree * tier.alignment) == 0,
     )
-    for price in choice.prices:
-        try:  # zigzag wants packing lengths that twice the degree divides
-            replace(tier, exchange=price.exchange)
-        except ConfigError:
-            continue
-        return price.exchange, replace(choice, exchange=price.exchange).reason
-    raise AssertionError("a2a and the contiguous layout suit every tier that another exchange suits")
+    if not choice.prices:
+        raise ConfigError(
+            f"tier {tier}: no exchange can be used: heads do not divide by its CP degree, and its packing length does "
+            f"not by {2 * tier.cp_degree * tier.alignment} (mirrored slices); choose another packing length"
+        )
+    return choice.exchange, choice.reason

@@ -13,16 +13,20 @@ slots; a (step, slot, rank) without a pack is a dummy of weight zero that the ru
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from megatron_hbp.errors import PlanError
-from megatron_hbp.planning.core.tiers import Pack, Tier
+from megatron_hbp.planning.core.arrays import segment_sums, stable_order
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Tier
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""Of plan files. Another version is refused: a plan is made again in seconds, from the same data and options."""
 
 COLUMNS = {
     "sample_ids": "<i8",
@@ -38,6 +42,32 @@ COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pack:
+    """One pack of a plan, as the run time reads it. Samples lie one after the other from offset 0."""
+
+    index: int
+    """Which pack of the plan."""
+    tier: int
+    """Which tier of the plan."""
+    step: int
+    slot: int
+    """Micro-batch index in the step."""
+    rank0: int
+    """First rank of the gang [rank0, rank0 + cp_degree)."""
+    sample_ids: np.ndarray
+    """int64 [samples]."""
+    lengths: np.ndarray
+    """int32 [samples], tokens."""
+    offsets: np.ndarray
+    """int64 [samples], where each sample starts in the pack."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of the pack."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataFingerprint:
     """Which data a plan was made for."""
 
@@ -48,13 +78,13 @@ class DataFingerprint:
     """Fingerprint (hex) of the token store, where the lengths came from one."""
 
     @classmethod
-    def of(cls, lengths: np.ndarray, store_fingerprint: str | None = None) -> "DataFingerprint":
-        """Fingerprint of `lengths` int [num_samples]."""
-        raw = np.ascontiguousarray(lengths, dtype="<i8")
+    def of(cls, samples: Samples) -> "DataFingerprint":
+        """Fingerprint of `samples`."""
+        raw = np.ascontiguousarray(samples.lengths, dtype="<i8")
         return cls(
             num_samples=len(raw),
             lengths_sha256=hashlib.sha256(raw.data).hexdigest(),
-            store_fingerprint=store_fingerprint,
+            store_fingerprint=samples.store_fingerprint,
         )
 
 
@@ -87,11 +117,67 @@ class Plan:
     seed: int
     step_tokens: int
     """Tokens asked for in a step."""
-    cost_model: str
-    """Name of the cost model that balanced the plan."""
+    cost: Mapping[str, Any]
+    """The cost model that balanced the plan, as the JSON values of cost/file.py."""
     data: DataFingerprint
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """What was done with what did not fit: "dropped" and "truncated" samples, "dropped_tokens", "dummies"."""
+
+    @staticmethod
+    def build(
+        *, tiers: tuple[Tier, ...], sample_ids: np.ndarray, lengths: np.ndarray, pack_of: np.ndarray,
+        pack_tier: np.ndarray, step: np.ndarray, slot: np.ndarray, rank0: np.ndarray,
+        num_micro_batches: np.ndarray | None = None, counts: Mapping[str, int] | None = None, **fields: Any,
+    ) -> "Plan":  # fmt: skip
+        """The plan of packs given in any order; `fields` are the fields of Plan that describe it as a whole.
+
+        Args:
+            tiers: shortest first.
+            sample_ids: int [occurrences].
+            lengths: int [occurrences], tokens used.
+            pack_of: int [occurrences], pack of each; occurrences of a pack stay in order, but in packs that ranks
+                share the longest come first, so that short ones lie together and on one rank each.
+            pack_tier: int [packs]; likewise `step`, `slot`, `rank0`.
+            num_micro_batches: int [steps], slots of each step; without it as many as the packs take.
+            counts: what did not fit; dummies are counted here.
+        """
+        order = np.lexsort((rank0, slot, step))
+        new_index = np.empty(len(order), np.int64)
+        new_index[order] = np.arange(len(order))
+        pack_of = new_index[pack_of]
+        widths = np.array([tier.cp_degree for tier in tiers])[pack_tier]
+        by_pack = _longest_first_in_shared(stable_order(pack_of), pack_of, lengths, widths[order] > 1)
+        if num_micro_batches is None:
+            num_micro_batches = np.zeros(int(step.max()) + 1, np.int32)
+            np.maximum.at(num_micro_batches, step, slot + 1)
+        idle = int(num_micro_batches.sum()) * fields["num_ranks"] - int(widths.sum())
+        return Plan(
+            tiers=tiers,
+            sample_ids=sample_ids[by_pack],
+            lengths=lengths[by_pack].astype(np.int32),
+            pack_offsets=np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=len(order)))]),
+            pack_tier=pack_tier[order].astype(np.int32),
+            pack_step=step[order].astype(np.int32),
+            pack_slot=slot[order].astype(np.int32),
+            pack_rank0=rank0[order].astype(np.int32),
+            num_micro_batches=num_micro_batches.astype(np.int32),
+            counts=dict(counts or {}) | {"dummies": idle if fields["schedule"] == "lockstep" else 0},
+            **fields,
+        )  # fmt: skip
+
+    def subset(self, packs: np.ndarray, **placement: Any) -> "Plan":
+        """The plan of some packs, int [m], elsewhere: `placement` as in `build` (step, slot, rank0, ...)."""
+        sizes = np.diff(self.pack_offsets)[packs]
+        first = np.cumsum(sizes) - sizes
+        occurrences = np.repeat(self.pack_offsets[:-1][packs] - first, sizes) + np.arange(sizes.sum())
+        whole = ("tiers", "num_ranks", "schedule", "seed", "step_tokens", "cost", "data", "counts")
+        return Plan.build(
+            sample_ids=self.sample_ids[occurrences],
+            lengths=self.lengths[occurrences],
+            pack_of=np.repeat(np.arange(len(packs)), sizes),
+            pack_tier=self.pack_tier[packs],
+            **{name: getattr(self, name) for name in whole} | placement,
+        )
 
     @property
     def num_packs(self) -> int:
@@ -162,11 +248,11 @@ class Plan:
         columns = {name: np.ascontiguousarray(getattr(self, name), dtype=kind) for name, kind in COLUMNS.items()}
         header = {
             "schema_version": SCHEMA_VERSION,
-            "tiers": [dataclasses.asdict(tier) for tier in self.tiers],
+            "tiers": list(map(str, self.tiers)),
             "data": dataclasses.asdict(self.data),
             "counts": dict(self.counts),
             "columns": {name: len(column) for name, column in columns.items()},
-            **{name: getattr(self, name) for name in ("num_ranks", "schedule", "seed", "step_tokens", "cost_model")},
+            **{name: getattr(self, name) for name in ("num_ranks", "schedule", "seed", "step_tokens", "cost")},
         }
         text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
         return b"".join([len(text).to_bytes(8, "little"), text, *(column.tobytes() for column in columns.values())])
@@ -183,7 +269,7 @@ class Plan:
                 raise PlanError(f"plan is inconsistent: {problem}; make it again with `hbp plan`")
 
 
-def _problems(plan: Plan):
+def _problems(plan: Plan) -> Iterator[tuple[str, bool | np.bool]]:
     """Yield (description, found) one after the other; later ones rely on earlier ones not being found."""
     packs = plan.num_packs
     yield "no tiers, ranks or steps", not plan.tiers or plan.num_ranks < 1
@@ -219,7 +305,11 @@ def _outside(values: np.ndarray, limit: int) -> bool:
     return bool(len(values)) and not 0 <= values.min() <= values.max() < limit
 
 
-def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Sums of `values` [n] over the segments [offsets[i], offsets[i + 1]): [segments]. Segments may be empty."""
-    total = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
-    return total[offsets[1:]] - total[offsets[:-1]]
+def _longest_first_in_shared(
+    by_pack: np.ndarray, pack_of: np.ndarray, lengths: np.ndarray, is_shared: np.ndarray
+) -> np.ndarray:
+    """`by_pack` int64 [n] (occurrences in order of packs) with those of each shared pack reordered, longest first."""
+    places = np.flatnonzero(is_shared[pack_of[by_pack]])
+    shared = by_pack[places]
+    by_pack[places] = shared[np.lexsort((-lengths[shared].astype(np.int64), pack_of[shared]))]
+    return by_pack

@@ -2,40 +2,37 @@
 
 import hashlib
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_hbp.errors import ConfigError, DiskError, PlanError
+from megatron_hbp.errors import ConfigError, PlanError
+from megatron_hbp.planning.core.json_files import write_whole
 from megatron_hbp.planning.core.plan import COLUMNS, SCHEMA_VERSION, DataFingerprint, Plan
-from megatron_hbp.planning.core.tiers import Recompute, Tier
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import parse_tiers
 
 MAGIC = b"HBPPLAN\n"
 _DIGEST_SIZE = 32
 
 
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError where saving to `path` would replace something: a plan without `overwrite`, any other file."""
+    if not path.name:
+        raise ConfigError(f"--out {str(path)!r} does not name a file; give one")
+    if not path.exists():
+        return
+    if not path.is_file() or not _is_plan(path):
+        raise ConfigError(f"--out {path} exists and is not a plan, so it is not overwritten; choose another name")
+    if not overwrite:
+        raise ConfigError(f"--out {path} is a plan already; choose another name, or pass --overwrite to replace it")
+
+
 def save(plan: Plan, path: str | Path) -> None:
     """Write `plan` to `path`, whole or not at all. Raises DiskError."""
-    path = Path(path)
-    if not path.name:
-        raise ConfigError(f"--out {str(path)!r} is no file; name one")
     body = plan.canonical_bytes()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            for part in (MAGIC, body, hashlib.sha256(body).digest()):
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise DiskError(f"plan could not be written to {path}: {error.strerror}; free space or choose --out") from error
+    write_whole(Path(path), (MAGIC, body, hashlib.sha256(body).digest()), "plan", "--out")
 
 
 def load(path: str | Path) -> Plan:
@@ -46,7 +43,7 @@ def load(path: str | Path) -> Plan:
     except OSError as error:
         raise PlanError(f"plan {path} cannot be read: {error.strerror}") from error
     if not raw.startswith(MAGIC):
-        raise PlanError(f"{path} is not a plan file; make one with `hbp plan --out {path}`")
+        raise PlanError(f"{path} is not a plan file; make one with `hbp plan --out FILE`")
     body, digest = raw[len(MAGIC) : -_DIGEST_SIZE], raw[-_DIGEST_SIZE:]
     if len(raw) < len(MAGIC) + 8 + _DIGEST_SIZE or hashlib.sha256(body).digest() != digest:
         raise PlanError(f"plan {path} is damaged (its SHA-256 does not match); make it again or copy it anew")
@@ -55,35 +52,44 @@ def load(path: str | Path) -> Plan:
     return plan
 
 
-def check_data(plan: Plan, lengths: np.ndarray, store_fingerprint: str | None = None) -> None:
+def check_data(plan: Plan, samples: Samples) -> None:
     """Raise PlanError unless `plan` was made for these lengths (and this store, where both name one)."""
-    found = DataFingerprint.of(lengths, store_fingerprint)
+    found = DataFingerprint.of(samples)
     if found.lengths_sha256 != plan.data.lengths_sha256:
         raise PlanError(
             f"the plan belongs to other data: it was made for lengths {plan.data.lengths_sha256} "
             f"({plan.data.num_samples} samples), the data has {found.lengths_sha256} ({found.num_samples} samples); "
             "plan again for this data"
         )
-    if None not in (plan.data.store_fingerprint, store_fingerprint) and (
-        plan.data.store_fingerprint != store_fingerprint
-    ):
+    stores = (plan.data.store_fingerprint, found.store_fingerprint)
+    if None not in stores and stores[0] != stores[1]:
         raise PlanError(
-            f"the plan belongs to another token store: it was made for {plan.data.store_fingerprint}, "
-            f"this store is {store_fingerprint}; plan again with --store"
+            f"the plan belongs to another token store: it was made for {stores[0]}, this store is {stores[1]}; plan "
+            "again with --store"
         )
+
+
+def _is_plan(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def _decode(body: bytes, path: Path) -> Plan:
     header_end = 8 + int.from_bytes(body[:8], "little")
     try:
         header = json.loads(body[8:header_end])
-        version = header["schema_version"]
+        version = header.pop("schema_version")
         if version != SCHEMA_VERSION:
-            raise PlanError(f"plan {path} has format version {version}, this reads {SCHEMA_VERSION}; plan again")
+            raise PlanError(
+                f"plan {path} has format version {version}, this program reads {SCHEMA_VERSION}; make it again with "
+                "`hbp plan`"
+            )
         columns: dict[str, Any] = _columns(header.pop("columns"), body[header_end:])
-        tiers = tuple(_tier(fields) for fields in header.pop("tiers"))
+        tiers = parse_tiers(",".join(header.pop("tiers")))
         data = DataFingerprint(**header.pop("data"))
-        del header["schema_version"]
         return Plan(tiers=tiers, data=data, **columns, **header)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"plan {path} has a header that does not make sense ({error}); make it again") from error
@@ -97,8 +103,3 @@ def _columns(sizes: dict[str, int], raw: bytes) -> dict[str, np.ndarray]:
     if position != len(raw):
         raise ValueError("columns and file size disagree")
     return columns
-
-
-def _tier(fields: dict) -> Tier:
-    recompute = fields.pop("recompute")
-    return Tier(recompute=Recompute(**recompute | {"modules": tuple(recompute["modules"])}), **fields)

@@ -1,18 +1,24 @@
 """A plan as rows that anyone can check with a few lines of their own."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.core.slices import SHARED, cp_local_ranks
-from megatron_hbp.planning.core.tiers import Pack, Recompute, Tier
+from megatron_hbp.planning.core.slices import local_ranks
+from megatron_hbp.planning.core.tiers import Recompute
 
 
-def plan_rows(plan: Plan) -> Iterator[dict]:
-    """One dict per (step, micro-batch, CP gang), ready for JSON; `offsets` are sample starts in the pack, in tokens."""
+def plan_rows(plan: Plan) -> Iterator[dict[str, Any]]:
+    """One dict per (step, micro-batch, CP gang), ready for JSON; `offsets` are sample starts in the pack, in tokens.
+
+    `cp_local_rank` is, for each sample, the gang's rank that attends to it alone, null where ranks share it; null as a
+    whole at CP degree 1. It holds for the tier's own layout, without tensor parallelism.
+    """
     recompute = [_recompute(tier.recompute) for tier in plan.tiers]
     for index in range(plan.num_packs):
         pack = plan.pack(index)
         tier = plan.tiers[pack.tier]
+        local = local_ranks(pack, tier).tolist() if tier.cp_degree > 1 else None
         yield {
             "step": pack.step,
             "micro_batch": pack.slot,
@@ -21,21 +27,14 @@ def plan_rows(plan: Plan) -> Iterator[dict]:
             "samples": pack.sample_ids.tolist(),
             "lengths": pack.lengths.tolist(),
             "offsets": pack.offsets.tolist(),
-            "cp_local_rank": _local(pack, tier),
+            "cp_local_rank": local and [None if rank < 0 else rank for rank in local],
             "capacity": tier.packing_length,
             "cp_degree": tier.cp_degree,
             "recompute": recompute[pack.tier],
         }
 
 
-def _local(pack: Pack, tier: Tier) -> list[int | None] | None:
-    """For each sample the gang's rank that holds it whole, null where ranks share it; null where there is one rank."""
-    if tier.cp_degree == 1:
-        return None
-    return [None if rank == SHARED else rank for rank in cp_local_ranks(pack, tier).tolist()]
-
-
-def _recompute(recompute: Recompute) -> dict | None:
+def _recompute(recompute: Recompute) -> dict[str, Any] | None:
     if recompute.granularity is None:
         return None
     return {

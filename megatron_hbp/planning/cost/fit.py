@@ -1,6 +1,6 @@
 """Fit a cost model to a profile table: least squares with non-negative coefficients, numpy alone.
 
-The formula of planning/cost.py is linear in its unknowns when written as seconds of
+The formula of cost/model.py is linear in its unknowns when written as seconds of
 
     1                              every micro-batch          [CP degree c], [policy p]   what these add to that
     T / c                          linear                     S / c             attention
@@ -22,10 +22,11 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_hbp.errors import DataError
-from megatron_hbp.planning.core.exchanges import Exchange, backward_bytes, elements
+from megatron_hbp.planning.core.exchanges import EXCHANGES
+from megatron_hbp.planning.core.machine import Machine
 from megatron_hbp.planning.cost.model import CostModel, measured_policy, rule_shares
 from megatron_hbp.planning.cost.profile_memory import layers_by_local_tokens
-from megatron_hbp.planning.cost.profile_table import ProfileHeader, ProfileRow, ProfileTable
+from megatron_hbp.planning.cost.profile_table import Measurement, ProfileHeader, ProfileTable
 
 FOLDS = 5
 """Every fifth row, in the order of their cost, is held out at a time."""
@@ -35,7 +36,7 @@ FOLDS = 5
 class RowError:
     """One row against the fit."""
 
-    row: ProfileRow
+    row: Measurement
     predicted: float
     """Seconds, by the fit to all rows."""
     unseen: float
@@ -95,26 +96,26 @@ def fit_profile(table: ProfileTable, *, name: str) -> ProfileFit:
     ))  # fmt: skip
 
 
-def predicted_seconds(cost: CostModel, row: ProfileRow, exchange: Exchange) -> float:
+def predicted_seconds(cost: CostModel, row: Measurement, exchange: str) -> float:
     """What `cost` says of a row's pack, which was exchanged by `exchange`."""
     tier = replace(row.setting.tier, exchange=exchange)
     return float(cost.tier_cost(tier).seconds(row.tokens, row.squares))
 
 
-def nonnegative_least_squares(features: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """argmin |features x - wanted| over x >= 0 (Lawson and Hanson 1974, chapter 23). features [n, k], wanted [n]."""
+def nonnegative_least_squares(features: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """argmin |features x - target| over x >= 0 (Lawson and Hanson 1974, chapter 23). features [n, k], target [n]."""
     scale = np.linalg.norm(features, axis=0)
     scale[scale == 0] = 1.0
     a = features / scale  # the columns span fifteen orders of magnitude
     x, free = np.zeros(a.shape[1]), np.zeros(a.shape[1], bool)
     for _ in range(10 * a.shape[1]):
-        gradient = np.where(free, -np.inf, a.T @ (wanted - a @ x))
+        gradient = np.where(free, -np.inf, a.T @ (target - a @ x))
         if gradient.max(initial=-np.inf) <= 1e-10:
             break
         free[gradient.argmax()] = True
         while True:
             trial = np.zeros_like(x)
-            trial[free] = np.linalg.lstsq(a[:, free], wanted, rcond=None)[0]
+            trial[free] = np.linalg.lstsq(a[:, free], target, rcond=None)[0]
             if (trial[free] > 0).all():
                 break
             blocked = free & (trial <= 0)
@@ -126,7 +127,7 @@ def nonnegative_least_squares(features: np.ndarray, wanted: np.ndarray) -> np.nd
     return x / scale
 
 
-def _columns(rows: Sequence[ProfileRow], header: ProfileHeader) -> dict[str, np.ndarray]:
+def _columns(rows: Sequence[Measurement], header: ProfileHeader) -> dict[str, np.ndarray]:
     """Feature name -> its values [rows]."""
     model, node = header.model, header.layout["node_size"]
     shape = model.attention.on_tensor_parallel_rank(header.layout["tensor_parallel"])
@@ -135,8 +136,9 @@ def _columns(rows: Sequence[ProfileRow], header: ProfileHeader) -> dict[str, np.
     degree = np.array([row.cp_degree for row in rows])
     columns = {"fixed": np.ones(len(rows)), "token": tokens, "square": squares}
     again = np.array([rule_shares(row.setting.policy, model.num_layers)[1] for row in rows])
-    sent = np.array([elements(header.exchange, shape, c) if c > 1 else 0.0 for c in degree])
-    sent *= 2.0 * header.layout["tensor_parallel"] * (1 + backward_bytes(header.exchange) + again)
+    kind = EXCHANGES[header.exchange]
+    sent = np.array([kind.elements(shape, c) if c > 1 else 0.0 for c in degree.tolist()])
+    sent *= 2.0 * header.layout["tensor_parallel"] * (1 + kind.backward_bytes + again)
     exchange = tokens * model.num_layers * sent
     columns["node"] = np.where(degree <= node, exchange, 0.0)
     columns["cluster"] = np.where(degree > node, exchange, 0.0)
@@ -153,38 +155,48 @@ def _columns(rows: Sequence[ProfileRow], header: ProfileHeader) -> dict[str, np.
 def _cost_model(name: str, table: ProfileTable, found: dict[str, float]) -> CostModel:
     """Coefficients as rates and shares; a coefficient of 0 is an infinite rate."""
     header = table.header
-    model, layout = header.model, header.layout
+    model, tp = header.model, header.layout["tensor_parallel"]
 
     def rate(work: float, key: str) -> float:
-        return work / found[key] if found.get(key, 0.0) > 0 else float("inf")
+        """Of one GPU; the coefficients are those of a rank of `tp`."""
+        return work / found[key] / tp if found.get(key, 0.0) > 0 else np.inf
 
     # Shares are relative to the forward: a third of the linear seconds, 1 of 3.5 of attention's.
-    forward, looks = found.get("token", 0.0) / 3, found.get("square", 0.0) / 3.5
+    forward, attends = found.get("token", 0.0) / 3, found.get("square", 0.0) / 3.5
     policies = [key.removeprefix("policy ") for key in found if key.startswith("policy ")]
     shares = tuple(
-        (key, found[f"token {key}"] / forward if forward else 0.0, found[f"square {key}"] / looks if looks else 0.0)
+        (
+            key,
+            found[f"token {key}"] / forward if forward else 0.0,
+            found[f"square {key}"] / attends if attends else 0.0,
+        )
         for key in policies
     )
     node = rate(1.0, "node")
-    return CostModel(
-        name=name,
-        num_layers=model.num_layers,
-        linear_flops=model.linear_flops,
-        attention_flops=model.attention_flops,
-        attention=model.attention,
-        linear_rate=rate(model.linear_flops, "token"),
+    machine = Machine(
+        name=header.device,
+        linear_rate=rate(model.linear_flops(header.supervised), "token"),
         attention_rate=rate(3.5 * model.attention_flops, "square"),
         node_bandwidth=node,
         # nothing measured across nodes: not faster than inside one
         cluster_bandwidth=rate(1.0, "cluster") if "cluster" in found else node,
+        node_size=header.layout["node_size"] * tp,
+        memory=table.memory_limit or np.inf,
+        memory_reserve=0.0,  # the limit counts what lies outside the allocator
+    )
+    return CostModel(
+        name=name,
+        model=model,
+        machine=machine,
+        tensor_parallel=tp,
+        supervised=header.supervised,
         micro_batch_seconds=found.get("fixed", 0.0),
-        node_size=layout["node_size"],
-        tensor_parallel=layout["tensor_parallel"],
-        max_cp_degree=model.attention.num_query_heads,
         recompute_layers=layers_by_local_tokens(table),
         recompute_shares=shares,
         recompute_seconds=tuple((key, found[f"policy {key}"]) for key in policies),
-        group_seconds=tuple((int(key[6:]), value) for key, value in found.items() if key.startswith("group ")),
+        group_seconds=tuple(
+            (int(key.removeprefix("group ")), value) for key, value in found.items() if key.startswith("group ")
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """Peak memory from a profile table: what fits, how much must be recomputed, what a micro-batch will take.
 
 Algorithms 3 and 4 of the paper (arXiv 2503.07680): two readings, at the fewest and the most recomputed layers, give
-bytes a layer; from them follows the least count that fits. Over lengths the bytes grow with the local tokens, once more
-on a line through two readings.
+bytes per layer; from them follows the least count that fits. Over lengths the bytes grow with the local tokens, on a
+line through two readings once more.
 """
 
 import math
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_hbp.planning.core.tiers import parse_tiers
-from megatron_hbp.planning.cost.profile_table import ProfileRow, ProfileTable, Setting
+from megatron_hbp.planning.core.tiers import Recompute
+from megatron_hbp.planning.cost.profile_table import Measurement, ProfileTable, Setting
 
 
 class Prediction(NamedTuple):
@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
     """Why it can't fit; empty where it may."""
 
 
-def predict(table: ProfileTable, setting: Setting) -> Prediction:
+def predict_fit(table: ProfileTable, setting: Setting) -> Prediction:
     """Whether `setting` can fit, from the rows measured so far."""
     for row in table.rows:
         if not row.fits and _needs_no_less(setting, row.setting):
@@ -76,13 +76,14 @@ def peak_of(table: ProfileTable, local_tokens: int, cp_degree: int, recompute: s
         return _on_line({local: peak - logits(local) for local, peak in points.items()}, local_tokens)
 
     found = without_logits(recompute)
-    (tier,) = parse_tiers(f"1:cp1:{recompute}")
-    if found is None and tier.recompute.granularity != "selective":
+    policy = Recompute.parse(recompute)
+    assert policy is not None, recompute
+    if found is None and policy.granularity != "selective":
         counts = {
             r.setting.policy.num_layers: r.recompute for r in table.rows if r.setting.policy.granularity != "selective"
         }
-        peaks = {n: without_logits(policy) for n, policy in counts.items()}
-        found = _on_line({n: peak for n, peak in peaks.items() if peak is not None}, tier.recompute.num_layers)
+        peaks = {n: without_logits(text) for n, text in counts.items()}
+        found = _on_line({n: peak for n, peak in peaks.items() if peak is not None}, policy.num_layers)
     return None if found is None else found + logits(local_tokens)
 
 
@@ -99,7 +100,7 @@ def _on_line(points: Mapping[int, float], at: int) -> float | None:
 
 
 def layers_that_fit(
-    rows: Sequence[ProfileRow], tokens: int, cp_degree: int, limit: float, num_layers: int
+    rows: Sequence[Measurement], tokens: int, cp_degree: int, limit: float, num_layers: int
 ) -> int | None:
     """The fewest recomputed layers with which a pack of `tokens` at `cp_degree` fits into `limit` bytes.
 
@@ -121,7 +122,7 @@ def layers_that_fit(
     return min(max([fewest, *(count + 1 for count in refused)]), num_layers)
 
 
-def _whole_layers(rows: Sequence[ProfileRow], tokens: int, cp_degree: int) -> list[ProfileRow]:
+def _whole_layers(rows: Sequence[Measurement], tokens: int, cp_degree: int) -> list[Measurement]:
     """Rows of one sample at this length and degree that recompute whole layers, or nothing."""
     return [
         row for row in rows
@@ -153,7 +154,7 @@ def layers_by_local_tokens(table: ProfileTable) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def _points(rows: Sequence[ProfileRow], cp_degree: int, recompute: str) -> dict[int, int]:
+def _points(rows: Sequence[Measurement], cp_degree: int, recompute: str) -> dict[int, int]:
     """Local tokens -> bytes, the most over the shapes of pack."""
     points: dict[int, int] = {}
     for row in rows:

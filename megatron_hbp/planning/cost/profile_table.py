@@ -1,4 +1,4 @@
-"""What `hbp profile` measured: one row a (packing length, CP degree, recompute, shape of pack), as versioned JSON.
+"""What `hbp profile` measured: one row per (packing length, CP degree, recompute, shape of pack), as versioned JSON.
 
 Seconds are those of the forward and backward of one micro-batch over the whole depth of the model: device time on CUDA,
 process CPU time on CPU, at the speed of the yardstick; the median of the repeats, of a gang's slowest rank, of the
@@ -7,22 +7,21 @@ median gang. Bytes are those of the fullest rank: on CUDA what the allocator res
 and optimizer are not in it).
 """
 
-import json
-import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from megatron_hbp.errors import ConfigError, DiskError
-from megatron_hbp.planning.core.exchanges import EXCHANGES, AttentionShape, Exchange
-from megatron_hbp.planning.core.json_files import check_attention, check_numbers
-from megatron_hbp.planning.core.tiers import Recompute, Tier, parse_tiers
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.core.exchanges import EXCHANGES
+from megatron_hbp.planning.core.json_files import check_numbers, read_json, write_json
+from megatron_hbp.planning.core.model import ModelSpec
+from megatron_hbp.planning.core.tiers import Recompute, Tier
+from megatron_hbp.planning.cost.file import model_from_json
 
 KIND = "hbp profile table"
-VERSION = 2
+VERSION = 3
 
 Shape = Literal["one", "many"]
 SHAPES: dict[Shape, int] = {"one": 1, "many": 8}
@@ -44,13 +43,15 @@ class Setting:
     @property
     def tier(self) -> Tier:
         """The tier whose full pack this is."""
-        (tier,) = parse_tiers(f"{self.tokens}:cp{self.cp_degree}:{self.recompute}")
-        return tier
+        return Tier(packing_length=self.tokens, cp_degree=self.cp_degree, recompute=self.policy)
 
     @property
     def policy(self) -> Recompute:
-        """The recompute policy."""
-        return self.tier.recompute
+        """The recompute policy. Raises ConfigError where `recompute` is not one."""
+        policy = Recompute.parse(self.recompute)
+        if policy is None:
+            raise ConfigError(f"recompute policy {self.recompute!r} is unknown; it is none, fullN or sel=MODULE+MODULE")
+        return policy
 
     @property
     def local_tokens(self) -> int:
@@ -74,8 +75,8 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileRow:
-    """One measurement."""
+class Measurement:
+    """One row."""
 
     tokens: int
     cp_degree: int
@@ -103,30 +104,18 @@ class ProfileRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """What the cost formula needs to know of the model (planning/cost.py)."""
-
-    num_layers: int
-    linear_flops: float
-    """FLOPs a token in all GEMMs, forward and backward; of the experts those that a token visits."""
-    attention_flops: float
-    """FLOPs of the forward of causal attention, per squared token, all layers."""
-    attention: AttentionShape
-
-
-@dataclass(frozen=True, kw_only=True)
 class ProfileHeader:
     """Where and with what the rows were measured; only equal headers share a table."""
 
     device: str
     versions: dict[str, str]
-    model: ModelFacts
+    model: ModelSpec
     flags: str
     """SHA-256 (hex) of every Megatron-LM argument that shapes the model or its layout."""
     layout: dict[str, int]
     """world, data_parallel, tensor_parallel, pipeline_parallel, expert_parallel, node_size (ranks)."""
     dtype: str
-    exchange: Exchange
+    exchange: str
     """What the ranks of a pack exchanged, in all rows: times of several would not lie on one line."""
     supervised: float
     """Share of the tokens whose loss is computed."""
@@ -143,17 +132,17 @@ class ProfileTable:
     """Header and rows."""
 
     header: ProfileHeader
-    rows: tuple[ProfileRow, ...] = ()
+    rows: tuple[Measurement, ...] = ()
     memory_limit: float | None = field(default=None)
     """Bytes that `peak_bytes` may reach; None: unlimited."""
     yardstick: float | None = None
     """On CPU the seconds of the yardstick (profiling/yardstick.py) at the speed that all rows are converted to."""
 
-    def find(self, setting: Setting) -> ProfileRow | None:
+    def find(self, setting: Setting) -> Measurement | None:
         """The row of this setting."""
         return next((row for row in self.rows if row.setting == setting), None)
 
-    def with_row(self, row: ProfileRow) -> "ProfileTable":
+    def with_row(self, row: Measurement) -> "ProfileTable":
         """The table with one row more (instead of an older one of the same setting)."""
         others = tuple(known for known in self.rows if known.setting != row.setting)
         return replace(self, rows=(*others, row))
@@ -180,26 +169,22 @@ def load(path: Path) -> ProfileTable:
 
 def _header(values: dict[str, Any]) -> ProfileHeader:
     header = dict(values)
-    model = dict(header.pop("model"))
-    attention = dict(model.pop("attention"))
-    check_attention(attention)
-    check_numbers(model, ("num_layers",), least=1, whole=True)
-    check_numbers(model, ("linear_flops", "attention_flops"))
+    model = model_from_json(header.pop("model"))
     check_numbers(header, ("supervised", "logits_bytes"))
     check_numbers(header, ("logits_rows",), whole=True)
     names = ("world", "data_parallel", "tensor_parallel", "pipeline_parallel", "expert_parallel", "node_size")
     check_numbers(header["layout"], names, least=1, whole=True)
     if header["exchange"] not in EXCHANGES:
         raise ValueError(f"exchange is {header['exchange']!r}")
-    return ProfileHeader(model=ModelFacts(attention=AttentionShape(**attention), **model), **header)
+    return ProfileHeader(model=model, **header)
 
 
-def _row(values: dict[str, Any], num_layers: int) -> ProfileRow:
+def _row(values: dict[str, Any], num_layers: int) -> Measurement:
     check_numbers(values, ("tokens", "cp_degree"), least=1, whole=True)
     check_numbers(values, ("squares", "repeats"), whole=True)
     check_numbers(values, ("spread",))
     check_numbers(values, ("seconds", "peak_bytes", "saved_bytes"), none=True)
-    row = ProfileRow(**values)
+    row = Measurement(**values)
     if (
         not isinstance(row.fits, bool)
         or row.setting.policy.num_layers > num_layers
@@ -215,37 +200,9 @@ def check_header(found: ProfileHeader, wanted: ProfileHeader, path: Path) -> Non
     """Raise ConfigError naming the first fields in which a table's header differs from this run's."""
     different = [f.name for f in fields(ProfileHeader) if getattr(found, f.name) != getattr(wanted, f.name)]
     if different:
-        told = "; ".join(f"{name}: {getattr(found, name)} there, {getattr(wanted, name)} here" for name in different)
-        raise ConfigError(
-            f"profile table {path} was measured otherwise ({told}): give another --hbp-profile-out, or delete it"
+        differences = "; ".join(
+            f"{name}: {getattr(found, name)} there, {getattr(wanted, name)} here" for name in different
         )
-
-
-def write_json(values: dict[str, Any], path: Path, what: str, flag: str) -> None:
-    """Write JSON whole or not at all. Raises DiskError naming `what` and the flag that says where."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise DiskError(
-            f"{what} could not be written to {path}: {error.strerror}; free space or change {flag}"
-        ) from error
-
-
-def read_json(path: Path, kind: str, version: int, remedy: str) -> dict[str, Any]:
-    """The JSON object of a file of this kind and version. Raises ConfigError saying what it is instead."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged: no JSON ({error}); {remedy}") from error
-    if not isinstance(values, dict) or values.get("kind") != kind:
-        raise ConfigError(f"{path} is not a {kind[4:]}; {remedy}")
-    if values.get("version") != version:
-        raise ConfigError(f"{path} has version {values.get('version')}, this program reads {version}; {remedy}")
-    return values
+        raise ConfigError(
+            f"profile table {path} was measured otherwise ({differences}): give another --hbp-profile-out, or delete it"
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.core.tiers import Recompute, Tier, layers
+from megatron_hbp.planning.core.tiers import Recompute, Tier, full_layers
 from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.measure.metrics import rank_grid
 
@@ -29,7 +29,7 @@ def lower_bound(
     degrees, powers of two without it. A sample runs at the least degree that holds it; the fixed cost of a micro-batch
     is shared by its tokens, that of `num_steps` steps is added.
     """
-    settings = settings or [(local, layers(count)) for local, count in cost.recompute_layers]
+    settings = settings or [(local, full_layers(count)) for local, count in cost.recompute_layers]
     best = np.full(len(lengths), np.inf)
     for local_tokens, recompute in settings:
         most = -(-int(lengths.max()) // local_tokens)

@@ -8,7 +8,7 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from megatron_hbp.planning.packing.fill import longest_first
+from megatron_hbp.planning.core.arrays import longest_first
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

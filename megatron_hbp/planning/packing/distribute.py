@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hbp.planning.packing.fill import greedy_fill, longest_first, stable_order
+from megatron_hbp.planning.core.arrays import longest_first, stable_order
+from megatron_hbp.planning.packing.fill import greedy_fill
 
 GROUP_PACKS = 32
 """Packs in a group: enough to average over, few enough that seeds in a group differ by little."""

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_hbp.planning.core.arrays import longest_first
 from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.planning.packing.best_fit import best_fit_decreasing, pack_tightly
 from megatron_hbp.planning.packing.distribute import Room, deal, log_units
-from megatron_hbp.planning.packing.fill import greedy_fill, longest_first
+from megatron_hbp.planning.packing.fill import greedy_fill
 from megatron_hbp.planning.packing.methods import PackingMethod
 
 _SPARE_SHARE = 300 / 131072

@@ -2,7 +2,7 @@
 
     method(lengths int64 [n], capacity, rng) -> pack_of int64 [n], numbered from 0 without gaps
 
-No method may exceed the capacity or leave a sample out; callers see to it that no sample is longer than `capacity`.
+No method may exceed the capacity or leave a sample out; callers guarantee that no sample is longer than `capacity`.
 """
 
 import heapq
@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.core.arrays import longest_first
 from megatron_hbp.planning.packing.best_fit import best_fit_in_order
-from megatron_hbp.planning.packing.fill import longest_first
 
 PackingMethod = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
@@ -133,4 +134,11 @@ METHODS: dict[str, PackingMethod] = {
     "SPFHP": shortest_pack_first,
     "sorted": sorted_batching,
 }
-"""Packing methods by the names of the paper's table 13."""
+"""Packing methods by the names of the paper's table 13: a function of the signature above and a line here."""
+
+
+def packing_method(name: str) -> PackingMethod:
+    """The method `name`. Raises ConfigError for an unknown one."""
+    if name not in METHODS:
+        raise ConfigError(f"unknown packing method {name!r}; there are balanced (ours), {', '.join(METHODS)}")
+    return METHODS[name]

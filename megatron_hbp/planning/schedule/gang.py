@@ -14,12 +14,13 @@ from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.planning.cost.model import TierCost
 from megatron_hbp.planning.packing.best_fit import best_fit_decreasing
 from megatron_hbp.planning.packing.hierarchical import Packs
-from megatron_hbp.planning.schedule.placement import Occurrences, Placement, Request
+from megatron_hbp.planning.request import Occurrences, Request
+from megatron_hbp.planning.schedule.placement import Placement
 
 
-def gang_packs(occurrences: Occurrences, request: Request, rng: np.random.Generator) -> tuple[Packs, Placement]:
+def gang_packs(planned: Occurrences, request: Request, rng: np.random.Generator) -> tuple[Packs, Placement]:
     """Draw steps at random, each of about `step_tokens`, and place every step by itself."""
-    lengths = occurrences.lengths
+    lengths = planned.lengths
     step_of = draw_steps(lengths, request, rng)
     by_step = np.argsort(step_of, kind="stable")
     pack_of = np.empty(len(lengths), np.int64)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_hbp.planning.core.arrays import longest_first, stable_order
 from megatron_hbp.planning.packing.distribute import top_up
-from megatron_hbp.planning.packing.fill import longest_first, stable_order
 from megatron_hbp.planning.packing.hierarchical import Packs, spread
-from megatron_hbp.planning.schedule.placement import Occurrences, Placement, Request, pack_seconds
+from megatron_hbp.planning.request import Occurrences, Request
+from megatron_hbp.planning.schedule.placement import Placement, pack_seconds
 
 _LONG_ROUNDS, _LONG_REACH = 64, 32
 """Rounds of trades of long samples, and how far apart in the order of length they are at most."""
@@ -40,14 +41,14 @@ _PLACES, _ROUNDS = 1 << 16, 8
 """Samples that trade places with their equals, the longest, and rounds: with more of both, steps vary by .4% less."""
 
 
-def even_out(packs: Packs, occurrences: Occurrences, placement: Placement, request: Request) -> Packs:
+def even_out(packs: Packs, planned: Occurrences, placement: Placement, request: Request) -> Packs:
     """`packs` with samples exchanged such that steps hold equal loss tokens; packs stay where they run."""
-    lengths, loss = occurrences.lengths, occurrences.loss_tokens
+    lengths, loss = planned.lengths, planned.loss_tokens
     if loss is None or len(placement.num_micro_batches) < 2 or not loss.any():
         return packs
     pack_of = packs.pack_of
     if request.schedule == "lockstep":
-        pack_of = _trade_long(packs, occurrences, placement, request)
+        pack_of = _trade_long(packs, planned, placement, request)
     return replace(packs, pack_of=trade_equal(pack_of, placement.step, lengths, loss))
 
 
@@ -121,12 +122,12 @@ class _Board:
     """float64 [steps], loss tokens over their mean - 1, changing."""
 
 
-def _trade_long(packs: Packs, occurrences: Occurrences, placement: Placement, request: Request) -> np.ndarray:
+def _trade_long(packs: Packs, planned: Occurrences, placement: Placement, request: Request) -> np.ndarray:
     """Exchange long samples of nearly equal length between packs of several ranks: pack_of int64 [n].
 
     Short samples of these packs then move to where room was left.
     """
-    lengths, loss, pack_of = occurrences.lengths, occurrences.loss_tokens, packs.pack_of.copy()
+    lengths, loss, pack_of = planned.lengths, planned.loss_tokens, packs.pack_of.copy()
     assert loss is not None
     inside = np.flatnonzero(packs.pack_tier[pack_of] > 0)
     inside = inside[longest_first(lengths[inside])]
@@ -134,7 +135,7 @@ def _trade_long(packs: Packs, occurrences: Occurrences, placement: Placement, re
     long, short = inside[:num_long], inside[num_long:]
     if not num_long:
         return pack_of
-    board = _board(packs, occurrences, placement, request, long)
+    board = _board(packs, planned, placement, request, long)
     pack = pack_of[long]
     for turn in range(_LONG_ROUNDS):
         _trade_round(board, 1 + turn % _LONG_REACH, lengths[long], loss[long] * len(board.off) / loss.sum(), pack)
@@ -174,15 +175,15 @@ def _refill(
     return True
 
 
-def _board(packs: Packs, occurrences: Occurrences, placement: Placement, request: Request, long: np.ndarray) -> _Board:
+def _board(packs: Packs, planned: Occurrences, placement: Placement, request: Request, long: np.ndarray) -> _Board:
     first_slot = np.cumsum(placement.num_micro_batches) - placement.num_micro_batches
     slot = first_slot[placement.step] + placement.slot
     capacity = np.array([tier.packing_length for tier in request.tiers])[packs.pack_tier]
     widths = np.array([tier.cp_degree for tier in request.tiers])[packs.pack_tier]
     per_square = np.array([request.cost.tier_cost(tier).per_square for tier in request.tiers])[packs.pack_tier]
-    seconds = pack_seconds(packs, occurrences.lengths, request)
-    in_long = np.bincount(packs.pack_of[long], occurrences.lengths[long], len(capacity)).astype(np.int64)
-    per_step = np.bincount(placement.step[packs.pack_of], occurrences.loss_tokens)
+    seconds = pack_seconds(packs, planned.lengths, request)
+    in_long = np.bincount(packs.pack_of[long], planned.lengths[long], len(capacity)).astype(np.int64)
+    per_step = np.bincount(placement.step[packs.pack_of], planned.loss_tokens)
     return _Board(
         slot=slot,
         step=placement.step,

@@ -1,6 +1,6 @@
 """Our selection: tiers, CP degrees and recompute together, by the modelled epoch time of *these* lengths.
 
-The analytic search (planning/tier_search.py) proposes chains; the best of them, and the paper's choice, are planned in
+The analytic search (select/search.py) proposes chains; the best of them, and the paper's choice, are planned in
 earnest, and the least modelled epoch time wins. The paper's choice being among them, ours is never worse than it. Of
 epochs within 0.1% of the least the simplest tiers are taken: equal local tokens (static shapes), then the fewest.
 """
@@ -12,32 +12,26 @@ import numpy as np
 
 from megatron_hbp.errors import ConfigError, DataError
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.core.tiers import Recompute, Tier, layers
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Recompute, Tier, full_layers, tiers_text
 from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.measure.metrics import PlanMetrics, plan_metrics
 from megatron_hbp.planning.measure.quality import lower_bound
-from megatron_hbp.planning.planner import Schedule, check_lengths, make_plan
+from megatron_hbp.planning.planner import make_plan
+from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.select.paper import TimedSetting, rows_of_cost, select_paper
 from megatron_hbp.planning.select.search import grid, nodes, search
-from megatron_hbp.planning.select.settings import (
-    MemoryTable,
-    ProfileRow,
-    allowed_degrees,
-    check_degrees,
-    memory_of_model,
-    rows_of_cost,
-    select_paper,
-)
 
 PAPER_SHORTEST = 8192
 """The shortest length that the paper's stage 1 tries."""
 MAX_PLANNED = 1_000_000
-"""Samples that candidates are planned with: a million take 0.6 s of processor a candidate, more are drawn from."""
+"""Samples that candidates are planned with: a million take 0.6 s of processor time per candidate, of more a draw."""
 NEAR = 1e-3
 """Epochs this close to the least, relative, count as equal: what balance leaves idle on a million samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class Candidate:
     """A tier set that was planned, and what its epoch would take."""
 
     source: str
@@ -70,7 +64,7 @@ class Selection:
     """The chosen tiers and all that were tried, best first."""
 
     tiers: tuple[Tier, ...]
-    tried: tuple[Tried, ...]
+    tried: tuple[Candidate, ...]
     bound: float
     """Seconds that no plan can beat (quality.lower_bound), of the samples planned."""
     num_samples: int
@@ -79,7 +73,7 @@ class Selection:
     """Why the paper's choice is not among them."""
 
     @property
-    def chosen(self) -> Tried:
+    def chosen(self) -> Candidate:
         """What the tiers were chosen for."""
         return next(one for one in self.tried if one.tiers == self.tiers)
 
@@ -113,44 +107,51 @@ class Selection:
         return f"; equal local tokens ({_text(equal[0].tiers)}) would take {more:.1%} more"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What a selection may choose from, beside the whole layers of the cost model's memory table."""
+
+    degrees: tuple[int, ...] = ()
+    """CP degrees; empty: all that divide the ranks."""
+    rows: tuple[TimedSetting, ...] = ()
+    """What the paper's stage 1 reads; empty: made from the cost model."""
+    selective: tuple[tuple[int, Recompute], ...] = ()
+    """(local tokens up to which it fits, selective policy)."""
+
+
 def select_joint(
-    lengths: np.ndarray,
-    cost: CostModel,
-    memory: MemoryTable | None = None,
+    samples: Samples,
+    request: Request,
+    space: Space | None = None,
     *,
-    num_ranks: int,
-    step_tokens: int,
-    longest: int | None = None,
-    degrees: Sequence[int] | None = None,
-    rows: Sequence[ProfileRow] | None = None,
-    selective: Sequence[tuple[int, Recompute]] = (),
     equal_local_tokens: bool = False,
     num_planned: int = 8,
-    schedule: Schedule = "lockstep",
-    slot_multiple: int = 1,
-    seed: int = 0,
 ) -> Selection:
-    """Choose tiers for samples of `lengths` int [n] on `num_ranks`, steps of `step_tokens`.
+    """Choose the tiers of `request` for `samples`; samples beyond `request.longest` tokens are left out.
 
-    `memory` is what fits (the cost model's own table without it), `longest` the longest sample kept (longer ones are
-    dropped; all are kept without it), `degrees` the CP degrees to consider (all that heads and ranks allow without
-    it), `rows` what the paper's stage 1 reads (made from the cost model without it), `selective` the selective policies
-    to consider beside whole layers, each with the local tokens up to which it fits. `equal_local_tokens` demands static
-    shapes. Raises ConfigError where nothing fits, DataError for lengths that cannot be planned.
+    The cost model's `recompute_layers` must say what fits (`cost.memory.fitted`). `equal_local_tokens` asks for
+    static shapes.
+    Raises ConfigError where nothing fits, DataError for samples that cannot be planned.
     """
-    lengths, longest = _kept(lengths, longest)
-    memory = tuple(memory or memory_of_model(cost))
-    degrees = tuple(degrees or allowed_degrees(cost, num_ranks))
-    check_degrees(cost, degrees)
-    _check_reach(longest, memory, degrees, cost)
-    draw = np.random.default_rng(seed).permutation(lengths)[:MAX_PLANNED] if len(lengths) > MAX_PLANNED else lengths
+    space = space or Space()
+    cost, num_ranks = request.cost, request.num_ranks
+    lengths = _kept(samples.lengths, request.longest)
+    longest = int(lengths.max())
+    degrees = space.degrees or allowed_degrees(num_ranks, longest, cost)
+    _check_reach(longest, degrees, cost)
+    if len(lengths) > MAX_PLANNED:
+        draw = np.random.default_rng(request.seed).permutation(lengths)[:MAX_PLANNED]
+    else:
+        draw = lengths
     candidates: dict[tuple[Tier, ...], str] = {}
-    paper, refused = _paper(rows or rows_for_paper(lengths, cost, memory, longest, degrees), longest)
+    paper, refused = _paper(space.rows or rows_for_paper(lengths, cost, degrees), longest)
     if paper and equal_local_tokens and len({tier.local_tokens for tier in paper}) > 1:
         refused = "the paper's tiers do not keep equal local tokens here; leave --equal-local-tokens out"
     elif paper:
         candidates[paper] = "paper"
-    settings = nodes(grid(longest, degrees, memory), degrees, memory, selective, cost=cost, lengths=lengths)
+    settings = nodes(
+        grid(longest, degrees, cost.recompute_layers), degrees, space.selective, cost=cost, lengths=lengths
+    )
     for demand in {equal_local_tokens, True}:
         keep = num_planned if demand == equal_local_tokens else 2
         for chain in search(lengths, settings, cost, num_ranks, keep=keep, equal_local_tokens=demand):
@@ -159,17 +160,15 @@ def select_joint(
         raise ConfigError(
             "no tiers of equal local tokens hold these samples within memory; leave --equal-local-tokens out"
         )
-    tried = []
-    for tiers, source in candidates.items():
-        plan = make_plan(
-            draw, tiers=tiers, num_ranks=num_ranks, step_tokens=step_tokens, seed=seed, cost=cost, schedule=schedule,
-            slot_multiple=slot_multiple, overlong="drop",
-        )  # fmt: skip
-        tried.append(account(plan, cost, source))
+    drawn = Samples.of(draw)
+    tried = [
+        account(make_plan(drawn, replace(request, tiers=tiers, overlong="drop", longest=None)), cost, source)
+        for tiers, source in candidates.items()
+    ]
     tried.sort(key=lambda one: (one.seconds, len(one.tiers)))
     bound = lower_bound(
-        draw, cost, num_ranks, settings=[*((n, layers(c)) for n, c in memory), *selective], degrees=degrees,
-        num_steps=min(one.metrics.num_steps for one in tried),
+        draw, cost, num_ranks, degrees=degrees, num_steps=min(one.metrics.num_steps for one in tried),
+        settings=[*((n, full_layers(c)) for n, c in cost.recompute_layers), *space.selective],
     )  # fmt: skip
     return Selection(
         tiers=simplest(tried).tiers,
@@ -180,7 +179,18 @@ def select_joint(
     )
 
 
-def _paper(rows: Sequence[ProfileRow], longest: int) -> tuple[tuple[Tier, ...], str]:
+def allowed_degrees(num_ranks: int, longest: int, cost: CostModel) -> tuple[int, ...]:
+    """CP degrees that divide the ranks, up to the first at which `longest` tokens need no more recompute.
+
+    Heads do not limit them: keys and values can be exchanged at any degree.
+    """
+    least_local = min(local for local, _ in cost.recompute_layers)
+    needed = -(-longest // least_local)
+    degrees = [c for c in range(1, num_ranks + 1) if num_ranks % c == 0]
+    return tuple(c for c in degrees if c < needed) + tuple(c for c in degrees if c >= needed)[:1]
+
+
+def _paper(rows: Sequence[TimedSetting], longest: int) -> tuple[tuple[Tier, ...], str]:
     """(the paper's choice, ""), or ((), why there is none): ours may go between the lengths of `rows` and beyond."""
     try:
         return select_paper(rows, longest), ""
@@ -188,7 +198,7 @@ def _paper(rows: Sequence[ProfileRow], longest: int) -> tuple[tuple[Tier, ...], 
         return (), str(error)
 
 
-def simplest(tried: Sequence[Tried]) -> Tried:
+def simplest(tried: Sequence[Candidate]) -> Candidate:
     """Of the epochs within NEAR of the least, and no longer than that of the paper's choice, that of simplest tiers."""
     limit = min(one.seconds for one in tried) * (1 + NEAR)
     limit = min([limit, *(one.seconds for one in tried if one.source == "paper")])
@@ -196,31 +206,30 @@ def simplest(tried: Sequence[Tried]) -> Tried:
     return min(near, key=lambda one: (not one.has_equal_local_tokens, len(one.tiers), one.seconds))
 
 
-def rows_for_paper(
-    lengths: np.ndarray, cost: CostModel, memory: MemoryTable, longest: int, degrees: Sequence[int]
-) -> tuple[ProfileRow, ...]:
+def rows_for_paper(lengths: np.ndarray, cost: CostModel, degrees: Sequence[int]) -> tuple[TimedSetting, ...]:
     """What the paper's stage 1 reads where there is no profile: powers of two from 8K on, timed by the cost model."""
+    longest = int(lengths.max())
     top = max(PAPER_SHORTEST, 1 << (longest - 1).bit_length())
     powers = [1 << k for k in range(PAPER_SHORTEST.bit_length() - 1, top.bit_length())]
-    reach = max(local for local, _ in memory) * max(degrees)
+    reach = max(local for local, _ in cost.recompute_layers) * max(degrees)
     unit = int(np.lcm.reduce([256, *degrees]))
     # A longest length that does not fit rounded up to a power of two is tried as it is.
     tops = [length for length in powers if length <= reach]
     if not tops or tops[-1] < longest:
         tops.append(min(reach // unit * unit, -(-longest // unit) * unit) or PAPER_SHORTEST)
-    return rows_of_cost(cost, tops, degrees=degrees, memory=memory, sample_lengths=lengths)
+    return rows_of_cost(cost, tops, degrees=degrees, sample_lengths=lengths)
 
 
-def account(plan: Plan, cost: CostModel, source: str) -> Tried:
+def account(plan: Plan, cost: CostModel, source: str) -> Candidate:
     """What `plan`'s epoch takes and where its time goes."""
     plain = tuple(replace(tier, recompute=Recompute()) for tier in plan.tiers)
     without = {
         "recompute": (cost, plain),
-        "exchange": (replace(cost, attention=None), plan.tiers),
+        "exchange": (cost.without_exchange(), plan.tiers),
     }
     whole = _rank_seconds(plan, cost, plan.tiers)
     fixed = np.array([cost.tier_cost(tier).fixed for tier in plain])
-    return Tried(
+    return Candidate(
         source=source,
         tiers=plan.tiers,
         metrics=plan_metrics(plan, cost),
@@ -236,32 +245,29 @@ def _rank_seconds(plan: Plan, cost: CostModel, tiers: Sequence[Tier]) -> float:
     return float((seconds * plan.pack_cp).sum()) / plan.num_ranks
 
 
-def _kept(lengths: np.ndarray, longest: int | None) -> tuple[np.ndarray, int]:
-    """The samples of at most `longest` tokens, and the longest of them."""
-    lengths = check_lengths(lengths)
-    if longest is None:
-        return lengths, int(lengths.max())
-    kept = lengths[lengths <= longest]
+def _kept(lengths: np.ndarray, longest: int | None) -> np.ndarray:
+    """The samples of at most `longest` tokens."""
+    kept = lengths if longest is None else lengths[lengths <= longest]
     if not len(kept):
         raise DataError(f"no sample has at most {longest} tokens, the shortest has {lengths.min()}; raise the limit")
-    return kept, int(kept.max())
+    return kept
 
 
-def _check_reach(longest: int, memory: MemoryTable, degrees: Sequence[int], cost: CostModel) -> None:
+def _check_reach(longest: int, degrees: Sequence[int], cost: CostModel) -> None:
     """Raise ConfigError unless the memory table suits the model, and the longest sample fits at some CP degree."""
-    deepest = max(count for _, count in memory)
+    deepest = max(count for _, count in cost.recompute_layers)
     if deepest > cost.num_layers:
         raise ConfigError(
-            f"the memory table wants {deepest} recomputed layers, {cost.name} has {cost.num_layers}; correct --memory"
+            f"the memory table has {deepest} recomputed layers, {cost.name} has {cost.num_layers}; correct --memory"
         )
-    local, degree = max(tokens for tokens, _ in memory), max(degrees)
+    local, degree = max(tokens for tokens, _ in cost.recompute_layers), max(degrees)
     if local * degree < longest:
         raise ConfigError(
             f"the longest sample has {longest} tokens; with {cost.name} {local} fit on a rank, {local * degree} at the "
-            f"largest CP degree {degree} that heads and ranks allow; use more ranks, or leave long samples out "
+            f"largest CP degree {degree} that the ranks allow; use more ranks, or leave long samples out "
             f"(--longest {local * degree} --overlong drop)"
         )
 
 
-def _text(tiers: Sequence[Tier]) -> str:
-    return "[" + ", ".join(map(str, tiers)) + "]"
+def _text(tiers: tuple[Tier, ...]) -> str:
+    return f"[{tiers_text(tiers)}]"

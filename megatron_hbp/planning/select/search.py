@@ -4,7 +4,7 @@ A chain l_1 < ... < l_n covers every sample: tier i owns those in (l_{i-1}, l_i]
 samples need; the room they leave is filled by samples of the first tier (GreedyFill), which then pay tier i's price
 instead of their own. With w = cp_degree x coefficient (rank-seconds), P_i packs, T_i own tokens, S_i own squares:
 
-    first tier   rate = (w_fixed P_1 + w_token T_1 + w_square S_1) / T_1 rank-seconds a token, cost rate T_1
+    first tier   rate = (w_fixed P_1 + w_token T_1 + w_square S_1) / T_1 rank-seconds per token, cost rate T_1
     tier i       P_i w_fixed + (T_i + F_i) w_token + (S_i + F_i S_1 / T_1) w_square - F_i rate,  F_i = P_i l_i - T_i
 
 Ranks share the sum evenly (balance leaves 0.1% idle, benchmarks/planning.md). Each term depends on two neighbours and
@@ -21,14 +21,14 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_hbp.planning.core.tiers import Recompute, Tier
-from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.cost.model import CostModel, MemoryTable, least_recompute
 from megatron_hbp.planning.packing.best_fit import best_fit_decreasing
-from megatron_hbp.planning.select.settings import MemoryTable, least_recompute, mean_length
+from megatron_hbp.planning.select.paper import mean_length
 
 FULL = 0.999
 """Share of a pack that is filled: 0.03% is padding (benchmarks/planning.md), a margin for the last pack of a tier."""
 PACKED_DRAW = 1000
-"""Samples that decide how well a tier's own samples pack: 5 ms a pair of lengths, 1% of the packs off."""
+"""Samples that decide how well a tier's own samples pack: 5 ms per pair of lengths, 1% of the packs off."""
 MAX_TIERS = 10
 
 
@@ -59,7 +59,6 @@ def grid(longest: int, degrees: Sequence[int], memory: MemoryTable) -> tuple[int
 def nodes(
     packing_lengths: Sequence[int],
     degrees: Sequence[int],
-    memory: MemoryTable,
     selective: Sequence[tuple[int, Recompute]] = (),
     *,
     cost: CostModel,
@@ -74,7 +73,10 @@ def nodes(
         mean = mean_length(lengths, length) if selective else 0.0
         for degree in (degree for degree in degrees if length % degree == 0):
             local, squares = length / degree, int(length * mean)
-            policies = [least_recompute(memory, local), *(policy for most, policy in selective if local <= most)]
+            policies = [
+                least_recompute(cost.recompute_layers, local),
+                *(policy for most, policy in selective if local <= most),
+            ]
             tiers = [
                 Tier(packing_length=length, cp_degree=degree, recompute=policy)
                 for policy in policies
@@ -131,7 +133,7 @@ class Prices:
 
 
 def first_rate(work: Work, prices: Prices, node: int, high: int) -> float:
-    """Rank-seconds a token of the first tier `node`, whose length is edge `high`."""
+    """Rank-seconds per token of the first tier `node`, whose length is edge `high`."""
     packs, tokens, squares = work.packs[0, high], work.tokens[0, high], work.squares[0, high]
     total = prices.fixed[node] * packs + prices.per_token[node] * tokens + prices.per_square[node] * squares
     return float(total / tokens)

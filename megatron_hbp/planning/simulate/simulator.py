@@ -14,20 +14,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_hbp.errors import ConfigError
+from megatron_hbp.planning.core.machine import Topology
 from megatron_hbp.planning.core.pipeline import makespan
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.cost.memory import Memory, memory_of
 from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.measure.metrics import rank_grid
-from megatron_hbp.planning.simulate.breakdown import Pieces, pack_pieces
-from megatron_hbp.planning.simulate.topology import (
-    ModelShape,
-    Topology,
+from megatron_hbp.planning.simulate.breakdown import Breakdown, break_down
+from megatron_hbp.planning.simulate.placement import (
     check_exchanges,
     check_fit,
     gradient_sync,
     place_cost,
-    shape_of,
+    with_experts_apart,
 )
 
 CAUSES = ("imbalance", "exchange", "expert all-to-all", "pipeline bubble", "gradient sync", "optimizer")
@@ -41,7 +41,7 @@ class Simulation:
     topology: Topology
     cost: CostModel
     """As placed on the topology."""
-    pieces: Pieces
+    packs: Breakdown
     wall: np.ndarray
     """float64 [steps]."""
     compute: np.ndarray
@@ -59,7 +59,7 @@ class Simulation:
     """Rank-seconds, of one stage, that CP and EP cost each other on the links they share."""
     num_tokens: int
     memory: Memory | None
-    """None where the model's shape is unknown."""
+    """None where the machine's memory is not known."""
 
     @property
     def epoch_seconds(self) -> float:
@@ -73,7 +73,7 @@ class Simulation:
 
     @property
     def tokens_per_gpu_second(self) -> float:
-        """Real tokens a second and GPU."""
+        """Real tokens per second and GPU."""
         return self.num_tokens / self.epoch_seconds / self.topology.num_gpus
 
     def hop(self, plan: Plan, step: int) -> np.ndarray:
@@ -107,47 +107,55 @@ class Simulation:
         }
 
 
-def simulate(plan: Plan, cost: CostModel, topology: Topology, *, shape: ModelShape | None = None) -> Simulation:
-    """Simulate an epoch. Without `shape` the cost model's name says it. Raises ConfigError for what cannot run."""
+def simulate(
+    plan: Plan, cost: CostModel, topology: Topology, *, overlap: float = 0.0, overlap_gradients: bool = True
+) -> Simulation:
+    """Simulate an epoch. Raises ConfigError for what cannot run.
+
+    Exchanges hide under a share `overlap` of a micro-batch's compute (the presets' rates are those of exposed seconds:
+    0). With `overlap_gradients` the gradient sync runs under the last backward and the first forward of a step, but
+    not in gang plans, where ranks issue their collectives in different orders.
+    """
+    if not 0 <= overlap <= 1:
+        raise ConfigError(f"the overlap is a share between 0 and 1, got {overlap}")
     check_fit(plan, cost, topology)
-    shape = shape or shape_of(cost)
-    placed = place_cost(cost, topology, shape)
+    placed = place_cost(with_experts_apart(cost, topology), topology)
     check_exchanges(plan, placed)
-    pieces = pack_pieces(
-        plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares, cost=placed, topology=topology, shape=shape
+    packs = break_down(
+        plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares, cost=placed, topology=topology, overlap=overlap
     )
-    busy = rank_grid(plan, pieces.total)
-    hop = _hop_seconds(plan, placed, topology, shape)
+    busy = rank_grid(plan, packs.total)
+    hop = _hop_seconds(plan, placed, topology)
     starts = np.cumsum(plan.num_micro_batches) - plan.num_micro_batches
-    own = {name: _by_step(plan, getattr(pieces, name), starts) for name in ("compute", "exchange", "expert")}
+    own = {name: _by_step(plan, getattr(packs, name), starts) for name in ("compute", "exchange", "expert")}
     if plan.schedule == "gang":
-        run = gang_seconds(plan, pieces.total)
+        run = gang_seconds(plan, packs.total)
         slots = run
-        ends = (np.zeros(plan.num_steps), np.zeros(plan.num_steps))  # no overlap: order of collectives differs by rank
+        ends = (np.zeros(plan.num_steps), np.zeros(plan.num_steps))
     else:
         slot = np.maximum(busy.max(axis=1), placed.micro_batch_seconds)  # of dummies alone
-        forward = rank_grid(plan, pieces.forward)[np.arange(len(busy)), busy.argmax(axis=1)]
+        forward = rank_grid(plan, packs.forward)[np.arange(len(busy)), busy.argmax(axis=1)]
         run = _pipeline_seconds(plan, topology, forward, slot - forward, hop, starts)
         slots = np.add.reduceat(forward + (slot - forward), starts)
         last = starts + plan.num_micro_batches - 1
         ends = (slot - forward)[last] / topology.pp, forward[starts] / topology.pp
-    reduce, gather = gradient_sync(shape, placed, topology)
-    hidden = ends if topology.overlap_gradients else (0.0, 0.0)
+    reduce, gather = gradient_sync(placed, topology)
+    hidden = ends if overlap_gradients else (0.0, 0.0)
     sync = np.maximum(reduce - hidden[0], 0.0) + np.maximum(gather - hidden[1], 0.0) + np.zeros(plan.num_steps)
     stages = topology.pp
     return Simulation(
         topology=topology,
         cost=placed,
-        pieces=pieces,
+        packs=packs,
         wall=run + sync + placed.step_seconds,
         **{name: grid / stages for name, grid in own.items()},
         imbalance=(slots[:, None] - sum(own.values())) / stages,
         bubble=run - slots / stages,
         sync=sync,
         hops=hop,
-        contention_seconds=float(pieces.contention @ plan.pack_cp) / stages,
+        contention_seconds=float(packs.contention @ plan.pack_cp) / stages,
         num_tokens=int(plan.pack_tokens.sum()),
-        memory=memory_of(plan, placed, shape, topology) if shape else None,
+        memory=memory_of(plan, placed, topology) if np.isfinite(cost.machine.memory) else None,
     )
 
 
@@ -173,12 +181,12 @@ def _by_step(plan: Plan, values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.add.reduceat(rank_grid(plan, values), starts, axis=0)
 
 
-def _hop_seconds(plan: Plan, cost: CostModel, topology: Topology, shape: ModelShape | None) -> np.ndarray:
+def _hop_seconds(plan: Plan, cost: CostModel, topology: Topology) -> np.ndarray:
     """Seconds [slots] that a slot's activations take to the next stage, bf16; stages lie in different nodes."""
-    if topology.pp == 1 or shape is None:
+    if topology.pp == 1:
         return np.zeros(int(plan.num_micro_batches.sum()))
     local = rank_grid(plan, plan.pack_tokens / plan.pack_cp).max(axis=1)
-    return local * shape.hidden * 2 / cost.cluster_bandwidth
+    return local * cost.model.hidden * 2 / cost.rank.cluster_bandwidth
 
 
 def _pipeline_seconds(

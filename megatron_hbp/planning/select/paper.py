@@ -1,11 +1,9 @@
-"""Auto-selection of tiers: what a setting costs and whether it fits, and the paper's two stages (section 3.3).
+"""The paper's selection of tiers (section 3.3): what a setting costs and whether it fits, and its two stages.
 
-    stage 1  for each packing length the fastest (CP degree, recompute) that fits; l_best has the least time a token
+    stage 1  for each packing length the fastest (CP degree, recompute) that fits; l_best has the least time per token
     stage 2  tiers {l_best / c, l_best, l_max / c_max, l_max}: a sample no longer than l / c needs no exchange
 
-Rows come from a profile, from the paper's tables, or, on a machine without one, from a cost model and its memory
-table: (local tokens, fewest recomputed layers that fit), growing, as `CostModel.recompute_layers`. The choice by
-modelled epoch time is in planning/select_joint.py.
+Settings come from a profile, from the paper's tables, or from a cost model and its memory table.
 """
 
 import math
@@ -15,16 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.core.exchanges import refusal
-from megatron_hbp.planning.core.tiers import Recompute, Tier, check_tiers, layers
-from megatron_hbp.planning.cost.model import CostModel
-
-MemoryTable = Sequence[tuple[int, int]]
+from megatron_hbp.planning.core.tiers import Recompute, Tier, check_tiers
+from megatron_hbp.planning.cost.model import CostModel, least_recompute
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProfileRow:
-    """One timed setting."""
+class TimedSetting:
+    """A setting, and the time that one full pack takes with it."""
 
     length: int
     """Tokens of a pack."""
@@ -53,23 +48,11 @@ class ProfileRow:
 
     @property
     def seconds_per_token(self) -> float:
-        """Rank-seconds of a token."""
+        """Rank-seconds per token."""
         return self.seconds * self.cp_degree / self.length
 
 
-def iteration_row(length: int, cp_degree: int, num_layers: int, seconds: float, *, rank_tokens: int) -> ProfileRow:
-    """A row from an iteration of `rank_tokens` on every rank, as in the paper's table 19 (16K, whatever the tier)."""
-    pack = seconds * length / cp_degree / rank_tokens
-    return ProfileRow(length=length, cp_degree=cp_degree, recompute=layers(num_layers), seconds=pack)
-
-
-def least_recompute(memory: MemoryTable, local_tokens: float) -> Recompute | None:
-    """The least recompute that `local_tokens` on a rank fit with; None where nothing is enough."""
-    fitting = [count for limit, count in memory if local_tokens <= limit]
-    return layers(min(fitting)) if fitting else None
-
-
-def memory_table(rows: Iterable[ProfileRow]) -> tuple[tuple[int, int], ...]:
+def memory_table(rows: Iterable[TimedSetting]) -> tuple[tuple[int, int], ...]:
     """(local tokens, fewest recomputed layers) of the rows that fit; rows with selective recompute say nothing here."""
     fewest: dict[int, int] = {}
     for row in rows:
@@ -79,66 +62,31 @@ def memory_table(rows: Iterable[ProfileRow]) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(fewest.items()))
 
 
-def memory_of_model(cost: CostModel) -> MemoryTable:
-    """The memory table of `cost`. Raises ConfigError where it has none."""
-    if not cost.recompute_layers:
-        raise ConfigError(
-            f"cost model {cost.name} does not know what fits into memory; say so with --memory "
-            "LOCAL_TOKENS:LAYERS,... (fewest recomputed layers that fit), or name the tiers with --tiers"
-        )
-    return cost.recompute_layers
-
-
-def allowed_degrees(cost: CostModel, num_ranks: int) -> tuple[int, ...]:
-    """CP degrees that divide the ranks and that the heads of a rank allow (an exchange hands out whole heads)."""
-    if num_ranks < 1:
-        raise ConfigError(f"the number of ranks must be at least 1, got {num_ranks}")
-    return tuple(c for c in range(1, num_ranks + 1) if num_ranks % c == 0 and not _refused(cost, c))
-
-
-def check_degrees(cost: CostModel, degrees: Sequence[int]) -> None:
-    """Raise ConfigError for a CP degree that the model's heads do not allow."""
-    for degree in degrees:
-        if why := _refused(cost, degree):
-            raise ConfigError(f"{cost.name} cannot run at CP degree {degree}: {why}; choose a smaller CP degree")
-
-
-def _refused(cost: CostModel, degree: int) -> str | None:
-    if degree < 1 or degree > cost.max_cp_degree:
-        return f"it must be between 1 and its {cost.max_cp_degree} heads"
-    if cost.attention is None:
-        return None
-    return refusal("a2a", cost.attention.on_tensor_parallel_rank(cost.tensor_parallel), degree)
-
-
 def rows_of_cost(
     cost: CostModel,
     packing_lengths: Iterable[int],
     *,
     degrees: Sequence[int],
-    memory: MemoryTable | None = None,
     sample_lengths: np.ndarray | None = None,
-) -> tuple[ProfileRow, ...]:
+) -> tuple[TimedSetting, ...]:
     """What a profile would find if `cost` were right: every length at every degree, the least recompute that fits.
 
     Packs hold samples like those of `sample_lengths` int [n] that fit into them; one sample each without it, or where
-    none fits. Raises ConfigError for a degree that the heads do not allow, and where nothing is known of memory.
+    none fits.
     """
-    check_degrees(cost, degrees)
-    memory = memory or memory_of_model(cost)
     rows = []
     for length in packing_lengths:
         mean = mean_length(sample_lengths, length)
         for degree in degrees:
             if length % degree:
                 continue
-            recompute = least_recompute(memory, length / degree)
+            recompute = least_recompute(cost.recompute_layers, length / degree)
             if recompute is None:
-                rows.append(ProfileRow(length=length, cp_degree=degree, fits=False))
+                rows.append(TimedSetting(length=length, cp_degree=degree, fits=False))
                 continue
             one = cost.tier_cost(Tier(packing_length=length, cp_degree=degree, recompute=recompute))
             seconds = one.fixed + one.per_token * length + one.per_square * length * mean
-            rows.append(ProfileRow(length=length, cp_degree=degree, recompute=recompute, seconds=seconds))
+            rows.append(TimedSetting(length=length, cp_degree=degree, recompute=recompute, seconds=seconds))
     return tuple(rows)
 
 
@@ -150,7 +98,7 @@ def mean_length(sample_lengths: np.ndarray | None, packing_length: int) -> float
     return float((fitting**2).sum() / fitting.sum()) if len(fitting) else float(packing_length)
 
 
-def select_paper(rows: Sequence[ProfileRow], longest: int) -> tuple[Tier, ...]:
+def select_paper(rows: Sequence[TimedSetting], longest: int) -> tuple[Tier, ...]:
     """The paper's tiers (algorithms 1, 3, 4) for samples of up to `longest` tokens.
 
     l_max is the shortest profiled length that holds `longest`. l_best / c and l_max / c_max run at CP 1 with the
@@ -174,7 +122,7 @@ def select_paper(rows: Sequence[ProfileRow], longest: int) -> tuple[Tier, ...]:
     return tuple(tiers)
 
 
-def _fastest(rows: Sequence[ProfileRow], longest: int) -> dict[int, ProfileRow]:
+def _fastest(rows: Sequence[TimedSetting], longest: int) -> dict[int, TimedSetting]:
     """Stage 1: packing length up to l_max -> its fastest row that fits."""
     if not rows:
         raise ConfigError("the profile has no rows to select tiers from; run `hbp profile`")
@@ -191,21 +139,21 @@ def _fastest(rows: Sequence[ProfileRow], longest: int) -> dict[int, ProfileRow]:
             f"no profiled setting that fits holds the longest sample of {longest} tokens (the longest that fits is "
             f"{max(row.length for row in fitting)}); profile longer packs at a higher CP degree, or shorten the samples"
         )
-    wanted = [row for row in fitting if row.length <= min(enough)]
-    found: dict[int, ProfileRow] = {}
-    for row in sorted(wanted, key=lambda row: row.seconds_per_token):
+    candidates = [row for row in fitting if row.length <= min(enough)]
+    found: dict[int, TimedSetting] = {}
+    for row in sorted(candidates, key=lambda row: row.seconds_per_token):
         found.setdefault(row.length, row)
     return found
 
 
-def _alone(row: ProfileRow) -> ProfileRow:
+def _alone(row: TimedSetting) -> TimedSetting:
     """The same local tokens and recompute at CP 1."""
-    return ProfileRow(
+    return TimedSetting(
         length=row.length // row.cp_degree, cp_degree=1, recompute=row.recompute, seconds=row.seconds, fits=row.fits
     )
 
 
-def _widened(rows: Sequence[ProfileRow], row: ProfileRow, degree: int) -> Tier:
+def _widened(rows: Sequence[TimedSetting], row: TimedSetting, degree: int) -> Tier:
     """`row` at a higher CP degree: as profiled there, else with the least recompute known to fit."""
     known = [other for other in rows if other.fits and (other.length, other.cp_degree) == (row.length, degree)]
     if known:
