@@ -2,10 +2,10 @@
 
 The unknowns are positive and span fifteen orders of magnitude, so their logarithms are fitted; so are the times, since
 an error of 5% weighs the same in a short and a long row. Steps are damped (Levenberg-Marquardt), the Jacobian is taken
-by central differences: a handful of unknowns and a score of rows need no more.
+by central differences: seven unknowns and sixteen rows need no more.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,8 +14,21 @@ from megatron_hbp.errors import DataError
 from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.planning.cost.model import CostModel
 
-RATES = ("linear_rate", "attention_rate", "node_bandwidth", "cluster_bandwidth", "micro_batch_seconds")
-"""Fields of a cost model that a fit may change."""
+MACHINE_RATES = ("linear_rate", "attention_rate", "node_bandwidth", "cluster_bandwidth")
+RATES = (*MACHINE_RATES, "micro_batch_seconds")
+"""What a fit may change: rates of the cost model's machine, and its fixed seconds."""
+
+
+def rates_of(cost: CostModel) -> dict[str, float]:
+    """The values of `RATES` in `cost`."""
+    return {name: getattr(cost.machine if name in MACHINE_RATES else cost, name) for name in RATES}
+
+
+def with_rates(cost: CostModel, rates: Mapping[str, float]) -> CostModel:
+    """`cost` with other values for some of `RATES`."""
+    fixed = rates.get("micro_batch_seconds", cost.micro_batch_seconds)
+    machine = {name: value for name, value in rates.items() if name in MACHINE_RATES}
+    return replace(cost.with_machine(**machine), micro_batch_seconds=fixed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,32 +59,35 @@ class Fit:
 
 
 def fit(cost: CostModel, timings: Sequence[Timing], *, unknowns: Sequence[str] = RATES, steps: int = 200) -> Fit:
-    """Fit `unknowns` (fields of the cost model) and the named sample lengths. Raises DataError with too few rows."""
+    """Fit `unknowns` (of `RATES`) and the named sample lengths. Raises DataError with too few rows."""
     names = sorted({row.sample_tokens for row in timings if isinstance(row.sample_tokens, str)})
     if len(timings) < len(unknowns) + len(names):
         raise DataError(f"{len(timings)} timings cannot determine {len(unknowns) + len(names)} unknowns; time more")
-    wanted = np.log([row.seconds for row in timings])
+    measured = np.log([row.seconds for row in timings])
+
+    def fitted(values: dict[str, float]) -> CostModel:
+        return with_rates(cost, {name: values[name] for name in unknowns})
 
     def model(logs: np.ndarray) -> np.ndarray:
         values = dict(zip([*unknowns, *names], np.exp(logs).tolist(), strict=True))
-        return np.log(predict(_with_rates(cost, values, unknowns), timings, values))
+        return np.log(predict(fitted(values), timings, values))
 
-    logs = np.log([*(getattr(cost, name) for name in unknowns), *(8192.0 for _ in names)])
-    logs, jacobian = _least_squares(model, logs, wanted, steps)
+    start = rates_of(cost)
+    logs = np.log([*(start[name] for name in unknowns), *(8192.0 for _ in names)])
+    logs, jacobian = _least_squares(model, logs, measured, steps)
     values = dict(zip([*unknowns, *names], np.exp(logs).tolist(), strict=True))
-    fitted = _with_rates(cost, values, unknowns)
-    predicted = predict(fitted, timings, values)
-    residual = np.log(predicted) - wanted
-    freedom = max(len(wanted) - len(logs), 1)
+    predicted = predict(fitted(values), timings, values)
+    residual = np.log(predicted) - measured
+    freedom = max(len(measured) - len(logs), 1)
     variance = np.linalg.pinv(jacobian.T @ jacobian).diagonal() * (residual @ residual) / freedom
     # A column of zeros means that no row depends on that unknown; the pseudo-inverse would call it certain.
     determined = np.abs(jacobian).max(axis=0) > 1e-9
     errors = np.where(determined, np.sqrt(variance), np.inf).tolist()
     return Fit(
-        cost=fitted,
+        cost=fitted(values),
         lengths={name: values[name] for name in names},
         predicted=predicted,
-        errors=predicted / np.exp(wanted) - 1,
+        errors=predicted / np.exp(measured) - 1,
         spread=dict(zip([*unknowns, *names], errors, strict=True)),
     )
 
@@ -84,27 +100,22 @@ def predict(cost: CostModel, timings: Sequence[Timing], lengths: dict[str, float
         named = isinstance(row.sample_tokens, str)
         length = (lengths or {})[row.sample_tokens] if named else row.sample_tokens or tokens  # type: ignore[index]
         squares = tokens * min(float(length), tokens)
-        one = cost.tier_cost(row.tier)
-        seconds.append(row.micro_batches * (one.fixed + one.per_token * tokens + one.per_square * squares))
+        seconds.append(row.micro_batches * cost.tier_cost(row.tier).seconds(tokens, squares))
     return np.array(seconds)
 
 
-def _with_rates(cost: CostModel, values: dict[str, float], unknowns: Sequence[str]) -> CostModel:
-    return replace(cost, **{name: values[name] for name in unknowns})  # type: ignore[arg-type]
-
-
 def _least_squares(
-    model: Callable[[np.ndarray], np.ndarray], start: np.ndarray, wanted: np.ndarray, steps: int
+    model: Callable[[np.ndarray], np.ndarray], start: np.ndarray, measured: np.ndarray, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(argument of least squared error, Jacobian there)."""
     at, damping = start, 1e-2
-    residual = model(at) - wanted
+    residual = model(at) - measured
     jacobian = _jacobian(model, at)
     for _ in range(steps):
         square = jacobian.T @ jacobian
         move = np.linalg.solve(square + damping * np.eye(len(at)), -jacobian.T @ residual)
         move = np.clip(move, -1, 1)  # at most a factor of e at once
-        trial = model(at + move) - wanted
+        trial = model(at + move) - measured
         if trial @ trial < residual @ residual:
             at, residual, damping = at + move, trial, max(damping / 3, 1e-12)
             jacobian = _jacobian(model, at)

@@ -1,17 +1,18 @@
-"""megatron-core's BalancedCPScheduler, straight from the installed wheel (released 0.19), on random global batches.
+"""megatron-core's BalancedCPScheduler, imported from the installed wheel (0.19), on random global batches.
 
-Source: megatron/core/pipeline_parallel/hybrid_cp_schedule.py, imported. `max_seq_len_per_rank` is our unit.
+Source: megatron/core/pipeline_parallel/hybrid_cp_schedule.py. Its `max_seq_len_per_rank` is our unit.
 
 What it synchronises: the wheel runs one forward per sample, one after the other on each rank, and all ranks meet at a
 barrier after each *group* of samples that the scheduler returns, not after each micro-batch. Inside a group ranks run
 unequal numbers of samples. A lockstep plan would put a barrier behind every slot, so the plan says "gang"; the barriers
-between the groups of a step (`plan.counts["groups"]` in all) are then not charged, which favours the peer.
+between the groups of a step (`plan.counts["groups"]` in total) are then not charged, which favours the peer.
 
-Simplified, all in its favour: samples that one gang runs one after the other are packed (best fit, `packed=False` turns
-it off and gives what the wheel really runs); gangs of a group trade places so that each starts at a multiple of its CP
-degree; the re-routing of samples between ranks and the `.item()` per sample cost nothing.
+Simplified, all in its favour: samples that one gang runs one after the other are packed (best fit; `packed=False` gives
+what the wheel runs); gangs of a group are reordered so that each starts at a multiple of its CP degree; the re-routing
+of samples between ranks and the `.item()` per sample cost nothing.
 """
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,39 +21,32 @@ from megatron.core.pipeline_parallel.hybrid_cp_schedule import BalancedCPSchedul
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.core.samples import Samples
 from megatron_hbp.planning.packing.best_fit import best_fit_decreasing
-from megatron_hbp.planning.peers.common import UNIT, PlanWriter, least_degree, random_steps
+from megatron_hbp.planning.peers.common import PlanWriter, least_degree, random_steps, unit_of
+from megatron_hbp.planning.request import Request
 
 
-def balanced_cp(
-    lengths: np.ndarray,
-    *,
-    num_ranks: int,
-    step_tokens: int,
-    unit: int = UNIT,
-    cost: CostModel,
-    seed: int = 0,
-    packed: bool = True,
-) -> Plan:
+def balanced_cp(samples: Samples, request: Request, *, packed: bool = True) -> Plan:
     """Schedule every random step with the wheel's scheduler. Raises ConfigError unless ranks are a power of two.
 
     On other numbers of ranks the scheduler's filling of empty ranks runs past the last rank.
     """
+    lengths, num_ranks, unit = samples.lengths, request.num_ranks, unit_of(request)
     if num_ranks & (num_ranks - 1):
         raise ConfigError(f"BalancedCPScheduler fills a power of two of ranks only, not {num_ranks}")
     least_degree(lengths, unit, num_ranks)
     scheduler = BalancedCPScheduler(unit, SimpleNamespace(size=lambda: num_ranks))
-    writer = PlanWriter(num_ranks, unit)
+    writer = PlanWriter(request=request)
     num_groups = 0
-    for step, ids in enumerate(random_steps(lengths, step_tokens, seed)):
+    for step, ids in enumerate(random_steps(lengths, request.step_tokens, request.seed)):
         named = list(zip(ids.tolist(), lengths[ids].tolist(), strict=True))
         _, groups = scheduler.get_groups_and_subsamples(named, None)
         num_groups += len(groups)
         first_slot = 0
         for group in groups:
             first_slot = _write_group(writer, group, lengths, step, first_slot, packed)
-    plan = writer.plan(lengths, schedule="gang", step_tokens=step_tokens, cost=cost, seed=seed)
+    plan = writer.plan(samples, schedule="gang")
     return replace(plan, counts={"groups": num_groups})
 
 
@@ -60,13 +54,11 @@ def _write_group(
     writer: PlanWriter, group: list[list[int]], lengths: np.ndarray, step: int, first_slot: int, packed: bool
 ) -> int:
     """Write one group, `group[rank]` being the samples of a rank in order; returns the slot of the next one."""
-    gangs: dict[tuple[int, ...], int] = {}
-    for samples in group:
-        gangs[tuple(samples)] = gangs.get(tuple(samples), 0) + 1
+    gangs = Counter(map(tuple, group))  # samples of a gang -> its ranks
     rank0 = last_slot = 0
-    for samples, degree in sorted(gangs.items(), key=lambda gang: -gang[1]):
+    for samples, degree in gangs.most_common():
         ids = np.array(samples, np.int64)
-        pack_of = best_fit_decreasing(lengths[ids], writer.unit * degree) if packed else np.arange(len(ids))
+        pack_of = best_fit_decreasing(lengths[ids], unit_of(writer.request) * degree) if packed else np.arange(len(ids))
         num_packs = int(pack_of.max()) + 1
         for index in range(num_packs):
             writer.add(step=step, slot=first_slot + index, rank0=rank0, degree=degree, ids=ids[pack_of == index])

@@ -1,21 +1,23 @@
-"""FlexSP: a mixed-integer program per micro-batch chooses CP groups and who runs what, to end as early as possible.
+"""FlexSP: a mixed-integer program per micro-batch chooses CP groups and their samples, to finish as early as possible.
 
 Source: Wang et al., "FlexSP: Accelerating Large Language Model Training via Flexible Sequence Parallelism", arXiv
 2412.01523, from the paper's text. Solver: HiGHS through `highspy` (the paper: SCIP).
 
 1. Bucketing: lengths of a micro-batch become at most `num_buckets` values, by the dynamic program that rounds up
    by the fewest tokens in all.
-2. Chunking: a random global batch, sorted by length, is cut into M micro-batches of like tokens; M is tried from the
-   least that memory allows, `trials` values in all, and the M of least total time wins.
-3. Program: binary m_g, is group g of degree d_g formed; integers a_qg, samples of bucket q in group g; minimise T with
-       fixed m_g + sum_q a_qg (per_token_d s_q + per_square_d s_q^2) <= T     every group ends in time
+2. Chunking: a random global batch, sorted by length, is cut into M micro-batches of similar numbers of tokens; `trials`
+   values of M are tried, from the least that memory allows, and the one of least total time wins.
+3. Program: binary m_g, whether group g of degree d_g is formed; integers a_qg, samples of bucket q in group g; minimise
+   T subject to
+       fixed m_g + sum_q a_qg (per_token_d s_q + per_square_d s_q^2) <= T     every group finishes by T
        sum_q a_qg s_q <= unit d_g m_g                                           memory
        sum_g d_g m_g <= ranks,   sum_g a_qg = samples of q,   m_g >= m_g+1 among groups of one degree
 
 The paper's system shards parameters (ZeRO-3), so that every micro-batch is a barrier: "lockstep".
 
-Simplified: no separate cost of making groups; the search stops at `time_limit` seconds a micro-batch and takes what it
-has, so that plans may differ between machines. Meant for a few steps: seconds each (the paper: 5 to 15).
+Simplified: no separate cost of creating groups; the search stops after `time_limit` seconds per micro-batch and takes
+the best solution so far, so that plans may differ between machines. For a few steps only: each takes seconds (in the
+paper 5 to 15).
 """
 
 from dataclasses import dataclass
@@ -24,8 +26,18 @@ import highspy
 import numpy as np
 
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.cost.model import CostModel, TierCost
-from megatron_hbp.planning.peers.common import UNIT, PlanWriter, cp_degrees, least_degree, random_steps, tier_of_degree
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import TierCost
+from megatron_hbp.planning.peers.common import (
+    PlanWriter,
+    cost_of,
+    cp_degrees,
+    least_degree,
+    random_steps,
+    tier_of_degree,
+    unit_of,
+)
+from megatron_hbp.planning.request import Request
 
 Gangs = list[tuple[int, np.ndarray]]
 """CP degree and sample ids of each gang of one micro-batch."""
@@ -33,7 +45,7 @@ Gangs = list[tuple[int, np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every program of a run shares."""
+    """What all programs of a run share."""
 
     num_ranks: int
     unit: int
@@ -45,18 +57,10 @@ class Setting:
 
 
 def flexsp(
-    lengths: np.ndarray,
-    *,
-    num_ranks: int,
-    step_tokens: int,
-    unit: int = UNIT,
-    cost: CostModel,
-    seed: int = 0,
-    time_limit: float = 5.0,
-    num_buckets: int = 16,
-    trials: int = 2,
+    samples: Samples, request: Request, *, time_limit: float = 5.0, num_buckets: int = 16, trials: int = 2
 ) -> Plan:
     """Solve every random step. See the head of this module."""
+    lengths, num_ranks, unit, cost = samples.lengths, request.num_ranks, unit_of(request), cost_of(request)
     least_degree(lengths, unit, num_ranks)
     setting = Setting(
         num_ranks=num_ranks,
@@ -66,12 +70,12 @@ def flexsp(
         num_buckets=num_buckets,
         trials=trials,
     )
-    writer = PlanWriter(num_ranks, unit)
-    for step, ids in enumerate(random_steps(lengths, step_tokens, seed)):
+    writer = PlanWriter(request=request)
+    for step, ids in enumerate(random_steps(lengths, request.step_tokens, request.seed)):
         ordered = ids[np.argsort(-lengths[ids], kind="stable")]
         for slot, gangs in enumerate(solve_step(ordered, lengths, setting)):
             writer.add_side_by_side(step=step, slot=slot, gangs=gangs)
-    return writer.plan(lengths, schedule="lockstep", step_tokens=step_tokens, cost=cost, seed=seed)
+    return writer.plan(samples, schedule="lockstep")
 
 
 def solve_step(ordered: np.ndarray, lengths: np.ndarray, setting: Setting) -> list[Gangs]:
@@ -95,7 +99,7 @@ def solve_step(ordered: np.ndarray, lengths: np.ndarray, setting: Setting) -> li
 
 
 def cut_points(sizes: np.ndarray, count: int) -> np.ndarray:
-    """Where to cut samples of `sizes` into `count` runs of like tokens, none empty."""
+    """Where to cut samples of `sizes` into `count` runs of similar numbers of tokens, none empty."""
     ends = np.cumsum(sizes)
     cuts = np.searchsorted(ends, ends[-1] * np.arange(1, count) / count, "left") + 1
     cuts = np.maximum.accumulate(np.maximum(cuts - np.arange(count - 1), 1)) + np.arange(count - 1)
@@ -103,7 +107,7 @@ def cut_points(sizes: np.ndarray, count: int) -> np.ndarray:
 
 
 def buckets(sizes: np.ndarray, num_buckets: int) -> np.ndarray:
-    """Bucket of each of `sizes` [n], numbered by length: consecutive lengths that are rounded up by least in all."""
+    """Bucket of each of `sizes` [n], numbered by length: consecutive lengths with the least rounding in total."""
     values, of_value, counts = np.unique(sizes, return_inverse=True, return_counts=True)
     num_buckets = min(num_buckets, len(values))
     number = np.concatenate([[0], np.cumsum(counts)])

@@ -1,9 +1,9 @@
 """What plans are compared by, beside `planning/measure/metrics.py`: the lower bound, randomness, waits inside gangs.
 
 Lower bound of an epoch: every sample runs at its cheapest legal setting, a power of two of ranks that holds it with at
-most so many tokens a rank as the recompute allows; its work is perfectly divisible over all ranks; the fixed cost of a
-micro-batch is shared by a full rank's tokens; steps cost their fixed seconds. No plan can be faster; none with
-whole samples and barriers reaches it.
+most as many tokens per rank as the recompute allows; its work is perfectly divisible over all ranks; the fixed cost of
+a micro-batch is shared by a full rank's tokens; steps cost their fixed seconds. No plan can be faster; none with whole
+samples and barriers reaches it. It is computed apart from `planning/measure/quality.py`, to check it.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.core.tiers import Recompute, Tier
+from megatron_hbp.planning.core.tiers import Tier, full_layers
 from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.measure.metrics import PlanMetrics, plan_metrics, rank_grid, step_seconds
 
@@ -55,15 +55,24 @@ def compare(
     )
 
 
+def joined_packs(plan: Plan) -> np.ndarray:
+    """bool [packs]: of a plan of Skrull's, local packs that run in one forward with the distributed pack before."""
+    widest = int(plan.pack_cp.max())
+    before = np.full((plan.num_steps, plan.max_micro_batches + 1, plan.num_ranks), False)
+    spread = plan.pack_cp == widest
+    ranks = plan.pack_rank0[spread, None] + np.arange(widest)
+    before[plan.pack_step[spread, None], plan.pack_slot[spread, None] + 1, ranks] = True
+    return ~spread & before[plan.pack_step, plan.pack_slot, plan.pack_rank0]
+
+
 def lower_bound(lengths: np.ndarray, cost: CostModel, *, num_ranks: int, unit: int, step_tokens: int) -> float:
     """Seconds that an epoch over `lengths` int [n] cannot beat; see the head of this module."""
     lengths = lengths.astype(float)
     best = np.full(len(lengths), np.inf)
     for local_tokens, layers in cost.recompute_layers or ((unit, 0),):
-        recompute = Recompute(granularity="full", num_layers=layers) if layers else Recompute()
         degree_of = 2 ** np.maximum(0, np.ceil(np.log2(lengths / local_tokens))).astype(np.int64)
         for degree in np.unique(degree_of).tolist():
-            setting = Tier(packing_length=local_tokens * degree, cp_degree=degree, recompute=recompute)
+            setting = Tier(packing_length=local_tokens * degree, cp_degree=degree, recompute=full_layers(layers))
             tier = cost.tier_cost(setting)
             here = degree_of == degree
             x = lengths[here]
@@ -74,7 +83,7 @@ def lower_bound(lengths: np.ndarray, cost: CostModel, *, num_ranks: int, unit: i
 
 
 def eta_squared(plan: Plan) -> float:
-    """Share of the variance of log-length that the step explains, net of what random steps of these sizes would."""
+    """Share of the variance of log-length that the step explains, net of what it is by chance for these sizes."""
     logs = np.log(plan.lengths.astype(float))
     step_of = np.repeat(plan.pack_step, np.diff(plan.pack_offsets))
     counts = np.bincount(step_of)

@@ -1,16 +1,16 @@
 """Compare all peers and HBP on one set of lengths, under one cost model.
 
-python -m benchmarks.peers.run                                     a generated set of 20,000 samples on 32 ranks
-python -m benchmarks.peers.run --lengths lengths.npy --step-tokens 4194304
+    python -m benchmarks.peers.run                                     20,000 generated samples on 32 ranks
+    python -m benchmarks.peers.run --lengths lengths.npy --step-tokens 4194304
 
-FlexSP's program takes seconds a micro-batch, so it plans a random part of the set (`--milp-steps` steps); its row is
+FlexSP's program takes seconds per micro-batch, so it plans a random part of the set (`--milp-steps` steps); its row is
 measured against the lower bound of that part.
 """
 
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,17 +21,20 @@ from rich.table import Table
 from benchmarks.lengths import generate
 from benchmarks.peers.balanced_cp import balanced_cp
 from benchmarks.peers.flexsp import flexsp
-from benchmarks.peers.measure import Comparison, compare
+from benchmarks.peers.measure import Comparison, compare, joined_packs
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.core.samples import Samples
-from megatron_hbp.planning.cost.model import DEFAULT_COST_MODEL, CostModel, preset
-from megatron_hbp.planning.peers.common import UNIT, Peer, cp_degrees, static_degree, tier_of_degree
+from megatron_hbp.planning.core.samples import Samples, read_samples
+from megatron_hbp.planning.cost.presets import DEFAULT_COST_MODEL, preset
+from megatron_hbp.planning.peers.common import cp_degrees, static_degree, tier_of_degree, unit_of
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic
-from megatron_hbp.planning.peers.skrull import joined_packs, skrull
+from megatron_hbp.planning.peers.skrull import skrull
 from megatron_hbp.planning.peers.static_cp import static_cp
 from megatron_hbp.planning.peers.verl_kk import verl_kk
-from megatron_hbp.planning.planner import Schedule, make_plan
-from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.planner import make_plan
+from megatron_hbp.planning.request import Planner, Request, Schedule
+
+UNIT = 16384
+"""Tokens that one rank holds in the paper's setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +42,19 @@ class Entry:
     """One line of the comparison."""
 
     name: str
-    peer: Peer
+    peer: Planner
     few_steps: bool = False
     """Plans `--milp-steps` steps only."""
     joined: Callable[[Plan], np.ndarray] | None = None
     """Packs that share a forward with the one before, where a peer has such."""
 
 
-def hbp(
-    lengths: np.ndarray,
-    *,
-    num_ranks: int,
-    step_tokens: int,
-    unit: int = UNIT,
-    cost: CostModel,
-    seed: int = 0,
-    schedule: Schedule = "lockstep",
-) -> Plan:
+def hbp(samples: Samples, request: Request, *, schedule: Schedule = "lockstep") -> Plan:
     """This project with a tier of each CP degree from 1 to the least that holds the longest sample."""
-    degrees = cp_degrees(static_degree(lengths, unit, num_ranks))
-    tiers = tuple(tier_of_degree(int(degree), unit, cost) for degree in degrees)
-    return make_plan(
-        Samples.of(lengths),
-        Request(tiers=tiers, num_ranks=num_ranks, step_tokens=step_tokens, seed=seed, schedule=schedule, cost=cost),
-    )
+    unit = unit_of(request)
+    degrees = cp_degrees(static_degree(samples.lengths, unit, request.num_ranks)).tolist()
+    tiers = tuple(tier_of_degree(degree, unit, request.cost) for degree in degrees)
+    return make_plan(samples, replace(request, tiers=tiers, schedule=schedule))
 
 
 ENTRIES = (
@@ -79,20 +71,18 @@ ENTRIES = (
 )
 
 
-def run_entry(
-    entry: Entry, lengths: np.ndarray, *, num_ranks: int, step_tokens: int, unit: int, cost: CostModel, seed: int,
-    milp_steps: int,
-) -> Comparison:  # fmt: skip
+def run_entry(entry: Entry, samples: Samples, request: Request, *, milp_steps: int) -> Comparison:
     """Plan, check and measure."""
     if entry.few_steps:
-        order = np.random.default_rng([seed, 2]).permutation(len(lengths))
-        lengths = lengths[order[: int(np.searchsorted(np.cumsum(lengths[order]), milp_steps * step_tokens)) + 1]]
+        shuffled = np.random.default_rng([request.seed, 2]).permutation(samples.lengths)
+        num_samples = int(np.searchsorted(np.cumsum(shuffled), milp_steps * request.step_tokens)) + 1
+        samples = Samples.of(shuffled[:num_samples])
     started = time.perf_counter()
-    plan = entry.peer(lengths, num_ranks=num_ranks, step_tokens=step_tokens, unit=unit, cost=cost, seed=seed)
+    plan = entry.peer(samples, request)
     seconds = time.perf_counter() - started
     plan.check()
-    assert np.array_equal(np.sort(plan.sample_ids), np.arange(len(lengths))), f"{entry.name}: not every sample once"
-    return compare(plan, cost, unit, seconds, entry.joined(plan) if entry.joined else None)
+    assert np.array_equal(np.sort(plan.sample_ids), np.arange(len(samples))), f"{entry.name}: not every sample once"
+    return compare(plan, request.cost, unit_of(request), seconds, entry.joined(plan) if entry.joined else None)
 
 
 NUMBERS = ("steps", "DBR", "ABR", "PR", "CR", "Ave-T", "idle", "epoch / bound", "with waits", "eta^2", "plan s")
@@ -132,21 +122,23 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.lengths:
-        lengths = np.load(args.lengths).astype(np.int64)
+        samples = read_samples(args.lengths)
     else:
-        lengths = np.minimum(generate("mix", seed=args.seed, num_samples=args.samples), args.unit * args.ranks)
+        lengths = generate("mix", seed=args.seed, num_samples=args.samples)
+        samples = Samples.of(np.minimum(lengths, args.unit * args.ranks))
     cost = preset(args.cost)
+    request = Request(
+        tiers=(tier_of_degree(1, args.unit, cost),), num_ranks=args.ranks, step_tokens=args.step_tokens,
+        seed=args.seed, cost=cost,
+    )  # fmt: skip
     console = Console(width=190)
     rows = {}
     for entry in ENTRIES:
         if args.only and not any(part.lower() in entry.name.lower() for part in args.only):
             continue
         with console.status(entry.name):
-            rows[entry.name] = run_entry(
-                entry, lengths, num_ranks=args.ranks, step_tokens=args.step_tokens, unit=args.unit, cost=cost,
-                seed=args.seed, milp_steps=args.milp_steps,
-            )  # fmt: skip
-    title = f"{len(lengths):,} samples, {args.ranks} ranks, {args.step_tokens:,} tokens a step, {cost.name}"
+            rows[entry.name] = run_entry(entry, samples, request, milp_steps=args.milp_steps)
+    title = f"{len(samples):,} samples, {args.ranks} ranks, {args.step_tokens:,} tokens per step, {cost.name}"
     console.print(table(rows, title))
 
 

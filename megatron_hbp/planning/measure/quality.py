@@ -1,4 +1,4 @@
-"""How good a plan is beyond the paper's measures: distance to the least possible time, randomness of order, noise.
+"""How good a plan is beyond the paper's measures: distance to the least possible time, randomness of order.
 
 `lower_bound` is what no plan can beat under a cost model; `randomness` says how far steps are from random draws.
 """
@@ -11,7 +11,6 @@ import numpy as np
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.core.tiers import Recompute, Tier, full_layers
 from megatron_hbp.planning.cost.model import CostModel
-from megatron_hbp.planning.measure.metrics import rank_grid
 
 
 def lower_bound(
@@ -70,29 +69,6 @@ def randomness(plan: Plan) -> Randomness:
     ranks = np.argsort(np.argsort(means, kind="stable"), kind="stable")
     trend = abs(float(np.corrcoef(ranks, np.arange(plan.num_steps))[0, 1])) if plan.num_steps > 2 else 0.0
     return Randomness(eta_squared=(between - by_chance) / (1 - by_chance), trend=trend)
-
-
-def noisy_step_ratio(plan: Plan, cost: CostModel, *, noise: float = 0.03, slow: float = 0.05, seed: int = 0) -> float:
-    """P95 over micro-batches of wall over mean busy time under noise, relative to perfectly equal work.
-
-    Every micro-batch takes up to `noise` more or less, one rank is `slow` slower throughout.
-    """
-    seconds = cost.pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
-    busy = rank_grid(plan, seconds)
-    busy = busy[busy.max(axis=1) > 0]
-    rng = np.random.default_rng(seed)
-    factor = 1 + rng.uniform(-noise, noise, busy.shape)
-    factor[:, rng.integers(plan.num_ranks)] *= 1 + slow
-    equal = np.repeat(busy.mean(axis=1, keepdims=True), plan.num_ranks, axis=1)
-    found, ideal = (np.percentile((work * factor).max(axis=1) / work.mean(axis=1), 95) for work in (busy, equal))
-    return float(found / ideal)
-
-
-def loss_token_variation(plan: Plan, loss_tokens: np.ndarray) -> float:
-    """Coefficient of variation of loss tokens per step; `loss_tokens` int [samples of the data]."""
-    steps = np.repeat(plan.pack_step, np.diff(plan.pack_offsets))
-    per_step = np.bincount(steps, loss_tokens[plan.sample_ids], plan.num_steps)
-    return float(per_step.std() / per_step.mean())
 
 
 def side_by_side_abr(plan: Plan, num_groups: int, *, sort: bool) -> float:

@@ -17,9 +17,6 @@ from megatron_hbp.planning.cost.file import to_json
 from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.request import Request, Schedule
 
-UNIT = 16384
-"""Tokens that one rank holds in the paper's setting."""
-
 
 def unit_of(request: Request) -> int:
     """Tokens that one rank holds."""

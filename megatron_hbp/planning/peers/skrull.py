@@ -15,8 +15,8 @@ Gangs meet once a step (the paper minimises the slowest gang's sum over its micr
 
 Simplified: roll-back distributes the sample at hand, not one placed before; FLOPs are those of our cost model, without
 exchange. A plan knows no pack that is part distributed, part local, so these are two packs in consecutive slots; Skrull
-runs them in one forward, and `joined_packs` says which packs must not be charged the fixed cost of a micro-batch again.
-Its overlap of the exchange with local work is not modelled (it could hide what distributed samples exchange).
+runs them in one forward and pays the fixed cost of a micro-batch once, as benchmarks/peers/measure.py charges it. Its
+overlap of the exchange with local work is not modelled (it could hide what distributed samples exchange).
 """
 
 import heapq
@@ -55,16 +55,6 @@ def skrull(samples: Samples, request: Request) -> Plan:
             for distributed, local in cut_share(share, lengths, flops, degree, unit):
                 slot = _write(writer, step, slot, gang * degree, distributed, local)
     return writer.plan(samples, schedule="gang")
-
-
-def joined_packs(plan: Plan) -> np.ndarray:
-    """bool [packs]: local packs that ran in one forward with the distributed pack of the slot before."""
-    widest = int(plan.pack_cp.max())
-    before = np.full((plan.num_steps, plan.max_micro_batches + 1, plan.num_ranks), False)
-    spread = plan.pack_cp == widest
-    ranks = plan.pack_rank0[spread, None] + np.arange(widest)
-    before[plan.pack_step[spread, None], plan.pack_slot[spread, None] + 1, ranks] = True
-    return ~spread & before[plan.pack_step, plan.pack_slot, plan.pack_rank0]
 
 
 def deal_by_cost(ordered: np.ndarray, costs: np.ndarray, num_parts: int) -> list[list[int]]:
