@@ -1,10 +1,10 @@
-"""What attention's exchanges move and cost, and gang schedules against lockstep.
+"""What attention's exchanges transfer and cost, and gang schedules compared with lockstep.
 
     python -m benchmarks.exchange [--write benchmarks/exchange.md]
 
-Bytes are counted by the program on 8 gloo ranks that stand for two nodes of four; they are the same on every machine.
-Times are medians of one run on this CPU, to be read as ratios. Seconds of real clusters are modelled: the constants are
-those of planning/cost.py. The corpus of the last table is the demo's.
+Bytes are counted on 8 gloo ranks that stand for two nodes of four; they are the same on every machine. Times are
+medians of one run on a CPU, to be read as ratios. Seconds on clusters are modelled with the constants of the shipped
+cost models (planning/cost/presets.py). The corpus of the last table is that of the demo.
 """
 
 import argparse
@@ -25,34 +25,23 @@ from benchmarks.lengths import generate
 from megatron_hbp.data.prepare import prepare_store
 from megatron_hbp.data.tokenizer import ChatTokenizer
 from megatron_hbp.demo.corpus import build_corpus
-from megatron_hbp.planning import make_plan, parse_tiers
+from megatron_hbp.planning import Plan, Request, Samples, make_plan, parse_tiers
 from megatron_hbp.planning.core import planfile
-from megatron_hbp.planning.core.exchanges import (
-    EXCHANGES,
-    AttentionShape,
-    Exchange,
-    backward_bytes,
-    elements,
-    outside_share,
-    price,
-    refusal,
-)
-from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.core.samples import Samples
-from megatron_hbp.planning.cost.model import DEEPSEEK_V2, CostModel, preset
-from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.core.exchanges import EXCHANGES, usable
+from megatron_hbp.planning.core.model import AttentionShape
+from megatron_hbp.planning.cost.exchange import price
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.cost.presets import DEEPSEEK_V2, LLAMA_8B, LLAMA_70B, preset
+from megatron_hbp.planning.request import Schedule
 from tests.launching import launch
 
-LLAMA_8B = AttentionShape(num_query_heads=32, num_kv_heads=8, qk_width=128, v_width=128)
-LLAMA_70B = AttentionShape(num_query_heads=64, num_kv_heads=8, qk_width=128, v_width=128)
 SHAPES = {
-    "Llama-3.1-8B": LLAMA_8B,
-    "70B, TP 8": LLAMA_70B.on_tensor_parallel_rank(8),
-    "DeepSeek-V2": DEEPSEEK_V2,
+    "Llama-3.1-8B": LLAMA_8B.attention,
+    "70B, TP 8": LLAMA_70B.attention.on_tensor_parallel_rank(8),
+    "DeepSeek-V2": DEEPSEEK_V2.attention,
 }
-RINGS = ("p2p", "kv_latent")
 LATENT_SHARES = {"qkv_latent": {2: 0.26, 4: 0.31, 8: 0.41}, "kv_latent": {2: 1 / 70, 4: 1 / 35, 8: 1 / 17}}
-"""Most elements of DeepSeek-V2's latents, as shares of Ulysses'."""
+"""At most so many elements of DeepSeek-V2's latents, as shares of those of Ulysses."""
 HEAVY = {
     "GQA": AttentionShape(num_query_heads=16, num_kv_heads=4, qk_width=64, v_width=64),
     "MLA": AttentionShape(
@@ -69,10 +58,11 @@ CLUSTERS = (
 STEP_TOKENS = 16_384
 GANG_TIERS = "1024:cp1,4096:cp2,8192:cp4"
 GANG_STEPS = 4
+SCHEDULES: tuple[Schedule, ...] = ("lockstep", "gang")
 
 
 def main() -> None:
-    """Print the tables; with --write also as a file."""
+    """Print the tables; with --write also save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
     write = parser.parse_args().write
@@ -106,43 +96,49 @@ def ask(folder: Path, ranks: int, what: str, shapes: dict[str, AttentionShape], 
 # ---------------------------------------------------------------- bytes
 
 
-def across(exchange: Exchange, cp_degree: int) -> tuple[float, float]:
+def outside_share(cp_degree: int, node_size: int) -> float:
+    """Share of what a rank receives from all others that comes from other nodes; gangs are aligned to their degree."""
+    in_node = math.gcd(cp_degree, node_size) if cp_degree > node_size else cp_degree
+    return (cp_degree - in_node) / max(1, cp_degree - 1)
+
+
+def across(exchange: str, cp_degree: int) -> tuple[float, float]:
     """Shares of the received elements that come from another node: mean over the ranks, and of the worst rank.
 
-    A ring brings everything from the neighbour: the first rank of a node gets all from the node before, others nothing.
+    In a ring all elements come from the neighbour: the first rank of a node receives all of them from another node.
     """
-    if exchange not in RINGS or cp_degree <= NODE_SIZE:
+    if not EXCHANGES[exchange].is_ring or cp_degree <= NODE_SIZE:
         share = outside_share(cp_degree, NODE_SIZE)
         return share, share
     return 1 / math.gcd(cp_degree, NODE_SIZE), 1.0
 
 
 def bytes_tables(folder: Path) -> list[Table]:
-    """Counted against the formula, and the latents' shares of Ulysses."""
+    """Counts next to the formula, and the latents as shares of Ulysses."""
     rows = ask(folder, 8, "bytes", SHAPES, degrees=[2, 4, 8])
     table = table_of(
-        f"Received in the forward of one layer: 8 ranks, {NODE_SIZE} a node, micro-batches of {COUNTED_TOKENS} "
-        f"tokens a rank, one sample a pack, fp32",
-        "A pair of columns is what was counted and what the formula says. Elements: per local token, on every rank. "
-        "KiB: per micro-batch, mean over the ranks; worst: the rank that gets most from other nodes, in a ring the "
-        "first of a node. The last column is what the backward receives over that of the forward: rings pass gradients "
-        "on too.",
+        f"Received in the forward of one layer: 8 ranks, {NODE_SIZE} per node, micro-batches of {COUNTED_TOKENS} "
+        f"tokens per rank, one sample per pack, fp32",
+        "Each pair of columns shows what was counted and what the formula gives. Elements: per local token, on every "
+        "rank. KiB: per micro-batch, mean over the ranks; worst: the rank that receives most from other nodes, in a "
+        "ring the first of a node. The last column is what the backward receives over what the forward receives: rings "
+        "also pass gradients on.",
         "shape", "exchange", "CP", "elements", "formula", "KiB in node", "formula", "KiB across", "formula", "worst",
         "formula", "all equal", "backward", text=2,
     )  # fmt: skip
     counts: dict[tuple[str, str, int], float] = {}
-    kib = COUNTED_TOKENS * 4 / 1024  # of one element a local token
+    kib = COUNTED_TOKENS * 4 / 1024  # of one element per local token
     for row in rows:
         shape, exchange, cp_degree = row["shape"], row["exchange"], row["cp"]
-        wanted = elements(exchange, SHAPES[shape], cp_degree)
-        mean, worst = (share * wanted for share in across(exchange, cp_degree))
+        formula = EXCHANGES[exchange].elements(SHAPES[shape], cp_degree)
+        mean, worst = (share * formula for share in across(exchange, cp_degree))
         total = row["inside"] + row["outside"]
         counts[shape, exchange, cp_degree] = total
         pairs = [
-            (total, wanted), (row["inside"] * kib, (wanted - mean) * kib), (row["outside"] * kib, mean * kib),
+            (total, formula), (row["inside"] * kib, (formula - mean) * kib), (row["outside"] * kib, mean * kib),
             (row["most_outside"] * kib, worst * kib),
         ]  # fmt: skip
-        every = [*pairs, (row["least"], wanted), (row["most"], wanted)]
+        every = [*pairs, (row["least"], formula), (row["most"], formula)]
         table.add_row(
             shape, exchange, str(cp_degree), *(f"{value:,.0f}" for pair in pairs for value in pair),
             "yes" if all(math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9) for x, y in every) else "NO",
@@ -152,15 +148,15 @@ def bytes_tables(folder: Path) -> list[Table]:
 
 
 def latents_table(counts: dict[tuple[str, str, int], float]) -> Table:
-    """Shares of Ulysses' elements on DeepSeek-V2, as counted."""
+    """Shares of the elements of Ulysses on DeepSeek-V2, as counted."""
     table = table_of(
-        "DeepSeek-V2: latents as a share of Ulysses' elements", None,
+        "DeepSeek-V2: latents as a share of the elements of Ulysses", None,
         "exchange", "CP", "share", "target at most", "met", text=1,
     )  # fmt: skip
     for exchange, targets in LATENT_SHARES.items():
         for cp_degree, target in targets.items():
             key = ("DeepSeek-V2", exchange, cp_degree)
-            share = counts[key] / elements("a2a", DEEPSEEK_V2, cp_degree)
+            share = counts[key] / EXCHANGES["a2a"].elements(DEEPSEEK_V2.attention, cp_degree)
             digits = 2 if exchange == "qkv_latent" else 3
             met = round(share, digits) <= round(target, digits)
             as_text = f"{share:.3f}" if exchange == "qkv_latent" else f"1/{1 / share:.1f}"
@@ -180,8 +176,8 @@ def times_table(folder: Path) -> list[Table]:
     table = table_of(
         f"Forward and backward of 2 layers on 4 gloo ranks, hidden 64, {TIMED_TOKENS} local tokens, fp32: ratio "
         f"to a2a of the same round, median of {ROUNDS}",
-        "Attention as wide as that of a small model over a hidden width of 64. On one machine messages are copies in "
-        "memory, and 4 ranks share its cores: no measure of a cluster.",
+        "Attention as wide as that of a small model, with a hidden width of 64. On one machine messages are copies in "
+        "memory, and 4 ranks share its cores: the ratios do not carry over to a cluster.",
         "model", "CP", *EXCHANGES, "a2a, ms",
     )  # fmt: skip
     for name in HEAVY:
@@ -198,27 +194,25 @@ def times_table(folder: Path) -> list[Table]:
 
 
 def modelled_table(folder: Path) -> list[Table]:
-    """Chosen exchange against the worst allowed one, seconds a step."""
+    """Chosen exchange and the slowest usable one, seconds per step."""
     table = table_of(
-        "Chosen exchange against the worst allowed one, modelled: lengths like Tulu-3 + LongCite, up to 128K, "
-        "64K tokens a rank and step",
+        "Chosen exchange and the slowest usable one, modelled: lengths like those of Tulu-3 + LongCite, up to 128K, "
+        "64K tokens per rank and step",
         "A step takes the sum over its slots of the slowest pack (compute + exposed exchange, forward, backward and "
-        "recomputed forward). Rates and links of planning/cost.py; a ring hides 80% of what fits under attention.",
-        "setting", "CP", "chosen", "worst", "ms a layer", "ms a layer ", "s a step", "s a step ", "saved s", "saved",
-        "with a2a",
+        "recomputed forward). Rates and links are those of the presets; a ring hides 80% of what fits under attention.",
+        "setting", "CP", "chosen", "slowest", "ms per layer", "ms per layer ", "s per step", "s per step ", "saved s",
+        "saved", "with a2a",
     )  # fmt: skip
     for name, model, ranks, layers in CLUSTERS:
         cost = preset(model)
         tiers = f"16384:cp1:full{layers},32768:cp2:full{layers},65536:cp4:full{layers},131072:cp8:full{layers}"
         lengths = np.concatenate([generate("tulu3", num_samples=60_000), generate("longcite", num_samples=3_000)])
-        plan = make_plan(
-            Samples.of(lengths),
-            Request(
-                tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=4 * ranks * 16384, cost=cost, overlong="drop"
-            ),
+        request = Request(
+            tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=4 * ranks * 16384, cost=cost, overlong="drop"
         )
+        plan = make_plan(Samples.of(lengths), request)
         best, worst = choices(plan, cost, best=True), choices(plan, cost, best=False)
-        ulysses: list[Exchange] = ["a2a"] * len(plan.tiers)
+        ulysses = ["a2a"] * len(plan.tiers)
         chosen, dear, usual = (step_seconds(plan, cost, picked) for picked in (best, worst, ulysses))
         totals = [f"{chosen:.2f}", f"{dear:.2f}", f"{dear - chosen:.2f}", f"{1 - chosen / dear:.1%}", f"{usual:.2f}"]
         for index, tier in enumerate(plan.tiers):
@@ -234,7 +228,7 @@ def modelled_table(folder: Path) -> list[Table]:
     return [table]
 
 
-def exposed(plan: Plan, cost: CostModel, tier: int, exchange: Exchange) -> float:
+def exposed(plan: Plan, cost: CostModel, tier: int, exchange: str) -> float:
     """Exposed seconds of a layer, forward and backward, for a full pack of the tier with the median of its squares."""
     squares = plan.pack_squares[plan.pack_tier == tier]
     return _seconds(
@@ -242,47 +236,37 @@ def exposed(plan: Plan, cost: CostModel, tier: int, exchange: Exchange) -> float
     )
 
 
-def _seconds(cost: CostModel, exchange: Exchange, cp_degree: int, tokens: int, squares: float) -> float:
-    """Of one device: of a rank that is 8 tensor-parallel ones, rates and bandwidths are an eighth of the model's."""
-    assert cost.attention is not None
-    shape, tp = cost.attention.on_tensor_parallel_rank(cost.tensor_parallel), cost.tensor_parallel
-    machine = replace(
-        cost.machine, node_bandwidth=cost.node_bandwidth / tp, cluster_bandwidth=cost.cluster_bandwidth / tp,
-        linear_rate=cost.linear_rate / tp, attention_rate=cost.attention_rate / tp,
-    )  # fmt: skip
-    return price(exchange, shape, cp_degree=cp_degree, tokens=tokens, squares=squares, machine=machine).seconds
+def _seconds(cost: CostModel, exchange: str, cp_degree: int, tokens: int, squares: float) -> float:
+    """Exposed seconds of a layer on one GPU: heads, rates and links of one, in nodes of so many ranks."""
+    machine = replace(cost.machine, node_size=cost.rank.node_size)
+    return price(
+        EXCHANGES[exchange], cost.rank_attention, cp_degree=cp_degree, tokens=tokens, squares=squares, machine=machine
+    ).seconds
 
 
-def choices(plan: Plan, cost: CostModel, *, best: bool) -> list[Exchange]:
-    """The cheapest (or dearest) exchange that each tier is allowed."""
-    assert cost.attention is not None
-    shape = cost.attention.on_tensor_parallel_rank(cost.tensor_parallel)
-    picked: list[Exchange] = []
+def choices(plan: Plan, cost: CostModel, *, best: bool) -> list[str]:
+    """The cheapest (or the most expensive) exchange that each tier can use."""
+    picked: list[str] = []
     for index, tier in enumerate(plan.tiers):
-        allowed = [e for e in EXCHANGES if not refusal(e, shape, tier.cp_degree)]
         if tier.cp_degree == 1 or not (plan.pack_tier == index).any():
             picked.append("a2a")
             continue
-        by_price = sorted((exposed(plan, cost, index, e), e) for e in allowed)
+        names = [each.name for each in usable(cost.rank_attention, tier.cp_degree)]
+        by_price = sorted((exposed(plan, cost, index, name), name) for name in names)
         picked.append(by_price[0 if best else -1][1])
     return picked
 
 
-def step_seconds(plan: Plan, cost: CostModel, picked: list[Exchange]) -> float:
+def step_seconds(plan: Plan, cost: CostModel, picked: list[str]) -> float:
     """Mean modelled seconds of a step with these exchanges."""
-    alone = replace(cost, attention=None).pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
-    seconds = np.array(alone)
+    compute = cost.without_exchange()
+    seconds = compute.pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
     for pack in np.flatnonzero(plan.pack_cp > 1):
-        tier = plan.tiers[plan.pack_tier[pack]]
-        share = min(1.0, tier.recompute.num_layers / cost.num_layers)
-        one = _seconds(
-            cost,
-            picked[plan.pack_tier[pack]],
-            tier.cp_degree,
-            int(plan.pack_tokens[pack]),
-            float(plan.pack_squares[pack]),
-        )
-        again = share / (1 + backward_bytes(picked[plan.pack_tier[pack]]))  # the forward's part, recomputed
+        tier, exchange = plan.tiers[plan.pack_tier[pack]], picked[plan.pack_tier[pack]]
+        share = tier.recompute.share_of_layers(cost.num_layers)
+        tokens, squares = int(plan.pack_tokens[pack]), float(plan.pack_squares[pack])
+        one = _seconds(cost, exchange, tier.cp_degree, tokens, squares)
+        again = share / (1 + EXCHANGES[exchange].backward_bytes)  # the forward's part, recomputed
         seconds[pack] += cost.num_layers * (1 + again) * one
     slots = np.zeros((plan.num_steps, plan.max_micro_batches))
     np.maximum.at(slots, (plan.pack_step, plan.pack_slot), seconds)
@@ -297,18 +281,20 @@ def gang_table(folder: Path) -> list[Table]:
     corpus = build_corpus(folder)
     tokenizer = ChatTokenizer.load(str(corpus.tokenizer))
     store = prepare_store(inputs=[corpus.train.path], tokenizer=tokenizer, out=folder / "train", overwrite=True)
+    samples = Samples.of(store.lengths, store_fingerprint=store.fingerprint)
+    request = Request(tiers=parse_tiers(GANG_TIERS), num_ranks=4, step_tokens=STEP_TOKENS)
     plans = {}
-    for schedule in ("lockstep", "gang"):
-        plans[schedule] = make_plan(Samples.of(store.lengths, store_fingerprint=store.fingerprint), Request(tiers=parse_tiers(GANG_TIERS), num_ranks=4, step_tokens=STEP_TOKENS, schedule=schedule))  # fmt: skip
+    for schedule in SCHEDULES:
+        plans[schedule] = make_plan(samples, replace(request, schedule=schedule))
         planfile.save(plans[schedule], folder / f"{schedule}.plan")
     busy = ask(folder, 4, "busy", {}, data=str(folder), plans=list(plans), steps=GANG_STEPS)
     table = table_of(
-        f"Gang against lockstep: the demo's dense model and data, 4 ranks, {GANG_TIERS}, {STEP_TOKENS:,} tokens a "
+        f"Gang and lockstep: the demo's dense model and data, 4 ranks, {GANG_TIERS}, {STEP_TOKENS:,} tokens per "
         f"step, first {GANG_STEPS} steps",
         "Busy: CPU seconds of the process in its micro-batches, measured. Makespan follows from them: in lockstep the "
-        "sum over slots of the slowest rank, in gang every pack starts when its ranks are free and ranks meet once a "
-        "step. Same gradients: tests/equivalence/test_gang.py.",
-        "schedule", "tokens", "micro-batches a rank", "busy s by rank", "makespan s", "us a token", "idle", "ratio",
+        "sum over slots of the slowest rank; in gang every pack starts when its ranks are free, and ranks synchronise "
+        "once per step. Same gradients: tests/equivalence/test_gang.py.",
+        "schedule", "tokens", "micro-batches per rank", "busy s by rank", "makespan s", "us per token", "idle", "ratio",
     )  # fmt: skip
     reference = 0.0
     for name, plan in plans.items():
@@ -328,7 +314,7 @@ def gang_table(folder: Path) -> list[Table]:
 
 
 def makespan_of(plan: Plan, step: int, by_rank: Sequence[dict[tuple[int, int], float]]) -> float:
-    """Seconds of a step on ranks that work these seconds in each of its slots."""
+    """Seconds of a step on ranks that are busy for these seconds in each of its slots."""
     slots = range(int(plan.num_micro_batches[step]))
     if plan.schedule == "lockstep":
         return sum(max(rank.get((step, slot), 0.0) for rank in by_rank) for slot in slots)
@@ -339,7 +325,7 @@ def makespan_of(plan: Plan, step: int, by_rank: Sequence[dict[tuple[int, int], f
     while todo:
         slot, pack, rank = heapq.heappop(todo)
         if pack < 0:
-            free[rank] += by_rank[rank].get((step, slot), 0.0)  # a dummy; nothing elsewhere
+            free[rank] += by_rank[rank].get((step, slot), 0.0)  # of a dummy; nothing where there is none
         elif pack not in done:
             done.add(pack)
             first = int(plan.pack_rank0[pack])

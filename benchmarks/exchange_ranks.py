@@ -24,8 +24,9 @@ from megatron_hbp.data.store import TokenStore  # noqa: E402
 from megatron_hbp.model import context as micro_batch_context  # noqa: E402
 from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
-from megatron_hbp.planning import planfile  # noqa: E402
-from megatron_hbp.planning.core.exchanges import EXCHANGES, AttentionShape, Exchange, refusal  # noqa: E402
+from megatron_hbp.planning.core import planfile  # noqa: E402
+from megatron_hbp.planning.core.exchanges import usable  # noqa: E402
+from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
 from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training.feed import Feed, MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
@@ -34,7 +35,7 @@ from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
 from tests.equivalence.stepping import groups_of, laid_out  # noqa: E402
 
 COUNTED_TOKENS = 64
-"""Local tokens of a counted micro-batch: elements a token are the same for any number."""
+"""Local tokens of a counted micro-batch: elements per token are the same for any number."""
 NODE_SIZE = 4
 """Ranks that count as a node."""
 TIMED_TOKENS, ROUNDS = 512, 5
@@ -55,7 +56,7 @@ def model_of(shape: AttentionShape, **changes: Any) -> list:
     )  # fmt: skip
 
 
-def batch_of(exchange: Exchange, cp_degree: int, local_tokens: int, groups: Any) -> MicroBatch:
+def batch_of(exchange: str, cp_degree: int, local_tokens: int, groups: Any) -> MicroBatch:
     """This rank's part of a pack that one sample fills."""
     ranks = dist.get_world_size()
     store = MemoryStore.random([cp_degree * local_tokens] * (ranks // cp_degree), vocabulary=VOCABULARY)
@@ -83,23 +84,21 @@ def count_bytes(shapes: dict[str, AttentionShape], degrees: list[int]) -> list[d
         for name, shape in shapes.items():
             chunks = model_of(shape)
             for cp_degree in degrees:
-                for exchange in EXCHANGES:
-                    if refusal(exchange, shape, cp_degree):
-                        continue
-                    row = {"shape": name, "cp": cp_degree, "exchange": exchange}
-                    rows.append(row | _counted(chunks, batch_of(exchange, cp_degree, COUNTED_TOKENS, groups)))
+                for exchange in usable(shape, cp_degree):
+                    row = {"shape": name, "cp": cp_degree, "exchange": exchange.name}
+                    rows.append(row | _counted(chunks, batch_of(exchange.name, cp_degree, COUNTED_TOKENS, groups)))
             del chunks
     return rows
 
 
 def _counted(chunks: list, batch: MicroBatch) -> dict[str, Any]:
-    """Forward and backward by their own."""
+    """Forward and backward counted separately."""
     with counted(NODE_SIZE) as there:
         loss = forward(chunks, batch)
     with counted(NODE_SIZE) as back:
         loss.backward()
     chunks[0].zero_grad_buffer()
-    per_token = 4.0 * COUNTED_TOKENS  # fp32: bytes received -> elements a local token
+    per_token = 4.0 * COUNTED_TOKENS  # fp32: bytes received -> elements per local token
     found = torch.tensor([there.inside, there.outside, back.inside + back.outside]).double() / per_token
     every = [torch.empty_like(found) for _ in range(dist.get_world_size())]
     dist.all_gather(every, found)
@@ -113,7 +112,7 @@ def _counted(chunks: list, batch: MicroBatch) -> dict[str, Any]:
 
 
 def time_steps(shapes: dict[str, AttentionShape], degrees: list[int]) -> list[dict[str, Any]]:
-    """Seconds of a forward and backward with each exchange, round by round: whatever else runs meets them all."""
+    """Seconds of a forward and backward with each exchange, in turns: other load of the machine affects all alike."""
     rows = []
     with laid_out():
         groups = groups_of(degrees)
@@ -126,9 +125,7 @@ def time_steps(shapes: dict[str, AttentionShape], degrees: list[int]) -> list[di
 
 def _timed(name: str, shape: AttentionShape, cp_degree: int, chunks: list, groups: Any) -> list[dict[str, Any]]:
     batches = {
-        exchange: batch_of(exchange, cp_degree, TIMED_TOKENS, groups)
-        for exchange in EXCHANGES
-        if not refusal(exchange, shape, cp_degree)
+        exchange.name: batch_of(exchange.name, cp_degree, TIMED_TOKENS, groups) for exchange in usable(shape, cp_degree)
     }
     seconds: dict[str, list[float]] = {exchange: [] for exchange in batches}
     for _ in range(ROUNDS + 1):
@@ -149,7 +146,7 @@ def _timed(name: str, shape: AttentionShape, cp_degree: int, chunks: list, group
 def busy_times(folder: str, plans: list[str], num_steps: int) -> dict[str, Any]:
     """CPU seconds of this process in each micro-batch of the demo's dense model: {plan: [[step, slot, seconds]]}.
 
-    A process that waits for others sleeps, so its CPU time is what it works; other users of the machine are not in it.
+    A process that waits for others sleeps, so its CPU time is its work, without that of other users of the machine.
     """
     store = TokenStore.open(Path(folder) / "train")
     found = {}
@@ -159,7 +156,7 @@ def busy_times(folder: str, plans: list[str], num_steps: int) -> dict[str, Any]:
             "dense", dtype=torch.float32, max_length=8192, num_layers=2, hidden_size=128, ffn_hidden_size=384,
             num_attention_heads=4, num_query_groups=2, vocabulary=store.manifest.tokenizer.vocab_size,
         )  # fmt: skip
-        for turn, name in enumerate((plans[0], *plans)):  # one step first, to warm up, not kept
+        for turn, name in enumerate((plans[0], *plans)):  # first one step to warm up, which is not kept
             plan = planfile.load(Path(folder) / f"{name}.plan")
             feed = Feed(
                 plan=plan, store=store, groups=groups, rank=parallel_state.get_data_parallel_rank(), unit=1,
@@ -176,7 +173,7 @@ def _busy(chunks: list, feed: Feed, num_steps: int) -> list[list[float]]:
     marks: list[tuple[int, int, float]] = []
 
     def finalize(*args: Any, **kwargs: Any) -> None:
-        marks.append((-1, -1, time.process_time()))  # the last micro-batch ends where the step's meeting begins
+        marks.append((-1, -1, time.process_time()))  # the last micro-batch ends where the ranks synchronise
         finalize_model_grads(*args, **kwargs)
 
     chunks[0].module.config.finalize_model_grads_func = finalize

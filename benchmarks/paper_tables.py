@@ -2,28 +2,27 @@
 
     python -m benchmarks.paper_tables [--lengths LENGTHS.npy] [--write benchmarks/paper_tables.md]
 
-Paper: arXiv 2503.07680v3. Lengths are generated (benchmarks/lengths.py), the data sets' own are not available. GPU
-days need the number of epochs, which the paper does not say: one factor, set by table 6's first row, serves all tables.
+Paper: arXiv 2503.07680v3. Lengths are generated (benchmarks/lengths.py), not those of the data sets. GPU days require
+the number of epochs, which the paper does not state: one factor, set by table 6's first row, is used for all tables.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from megatron_hbp.planning.simulate.topology import Topology
 
-from benchmarks.calibrate import RATES, Fit, Timing, fit
+from benchmarks.calibrate import Fit, Timing, fit, rates_of, with_rates
 from benchmarks.lengths import generate
 from benchmarks.peers.flexsp import flexsp
-from megatron_hbp.planning import Plan, make_plan, parse_tiers
-from megatron_hbp.planning.core.samples import Samples
-from megatron_hbp.planning.cost.model import CostModel, preset
+from megatron_hbp.planning import Plan, Request, Samples, make_plan, parse_tiers
+from megatron_hbp.planning.core.machine import Topology
+from megatron_hbp.planning.core.samples import read_samples
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.cost.presets import preset
 from megatron_hbp.planning.measure.metrics import plan_metrics
 from megatron_hbp.planning.measure.quality import side_by_side_abr
-from megatron_hbp.planning.packing.methods import METHODS, PackingMethod, isf
-from megatron_hbp.planning.request import Request
 from megatron_hbp.planning.simulate.simulator import simulate
 
 NAIVE = "131072:cp8:full28"
@@ -33,10 +32,10 @@ LOCAL = 16384
 
 
 def timing(table: str, length: int, cp: int, layers: int, seconds: float) -> Timing:
-    """A row of the paper: `length` in K, 16K tokens a GPU and iteration whatever the tier (the fit tells so)."""
+    """A row of the paper: `length` in K, 16K tokens per GPU and iteration whatever the tier (the fit says so)."""
     text = f"{1024 * length}:cp{cp}" + (f":full{layers}" if layers else "")
     tier = parse_tiers(text)[0]
-    # Table 4 times one sample a pack (its times grow with the length); 18 and 19 a mix, whose mean length is fitted.
+    # Table 4 times one sample per pack (its times grow with the length); 18 and 19 a mix, whose mean length is fitted.
     sample_tokens = "" if table == "4" else f"samples of table {table}"
     return Timing(
         label=f"table {table}: {length}K SP{cp} GC{layers}", tier=tier, seconds=seconds,
@@ -67,11 +66,10 @@ def calibrated() -> Fit:
 
 
 def wider(cost: CostModel, name: str) -> CostModel:
-    """The preset `name` with the calibrated rates: a rank of t GPUs is t times as fast, fixed seconds go by layers."""
+    """The preset `name` with the calibrated rates of a GPU; fixed seconds are proportional to the layers."""
     base = preset(name)
-    gpus = int(name.rsplit("tp", 1)[1])
-    rates = {rate: gpus * getattr(cost, rate) for rate in RATES[:-1]}
-    return replace(base, **rates, micro_batch_seconds=cost.micro_batch_seconds * base.num_layers / cost.num_layers)
+    fixed = cost.micro_batch_seconds * base.num_layers / cost.num_layers
+    return with_rates(base, rates_of(cost) | {"micro_batch_seconds": fixed})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +93,15 @@ class Row:
         return self.unit == "" and self.paper < 1
 
 
-def packed(lengths: np.ndarray, tiers: str, *, cost: CostModel, method: PackingMethod = isf, balanced: bool = False,
-           ranks: int = 32) -> Plan:  # fmt: skip
-    """The paper's pipeline: ISF, GreedyFill, one slot a step; samples beyond the longest tier are left out."""
-    return make_plan(Samples.of(lengths), Request(tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=ranks * LOCAL, packing=method, is_balanced=balanced, cost=cost, overlong="drop"))  # fmt: skip
+def packed(
+    lengths: np.ndarray, tiers: str, *, cost: CostModel, packing: str = "ISF", balanced: bool = False, ranks: int = 32
+) -> Plan:
+    """The paper's pipeline: ISF, GreedyFill, one slot per step; samples beyond the longest tier are left out."""
+    request = Request(
+        tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=ranks * LOCAL, packing=packing, is_balanced=balanced,
+        cost=cost, overlong="drop",
+    )  # fmt: skip
+    return make_plan(Samples.of(lengths), request)
 
 
 def epoch(plan: Plan, cost: CostModel, *, ep: int = 1) -> float:
@@ -106,9 +109,9 @@ def epoch(plan: Plan, cost: CostModel, *, ep: int = 1) -> float:
     return simulate(plan, cost, Topology(num_nodes=plan.num_ranks // 8, ep=ep, fully_sharded=True)).epoch_seconds
 
 
-def days(seconds: float, plan: Plan, gpus_of_rank: int = 1) -> float:
-    """GPU days of an epoch."""
-    return seconds * plan.num_ranks * gpus_of_rank / 86400
+def days(seconds: float, plan: Plan) -> float:
+    """GPU days of an epoch on ranks of one GPU."""
+    return seconds * plan.num_ranks / 86400
 
 
 class Study:
@@ -119,10 +122,6 @@ class Study:
         self.naive = packed(lengths, NAIVE, cost=cost)
         self.split = packed(lengths, TWO_TIERS, cost=cost)
         self.balanced = packed(lengths, TWO_TIERS, cost=cost, balanced=True)
-        self.ours = make_plan(
-            Samples.of(lengths),
-            Request(tiers=parse_tiers(TWO_TIERS), num_ranks=32, step_tokens=32 * LOCAL, cost=cost, overlong="drop"),
-        )
         self.epochs = 5.22 / days(epoch(self.naive, cost), self.naive)
 
     def gpu_days(self, plan: Plan) -> float:
@@ -157,17 +156,13 @@ def table_6(study: Study) -> Iterator[Row]:
     yield Row(table="6", quantity="8B hierarchical: speed-up", paper=5.22 / 4.51, ours=naive / split, unit="x")
     yield Row(table="6", quantity="8B + balance: speed-up", paper=5.22 / 3.73, ours=naive / balanced, unit="x")
     large = (
-        ("llama3.1-70b-h100-tp8", "70B", 70, "a2a", 44.4 / 31.1),
-        ("qwen2.5-32b-h100-tp4", "Qwen2.5-32B", 56, "all_gather", 1.33),  # CP 8 does not divide 10 heads of a rank
+        ("llama3.1-70b-h100-tp8", "70B", 70, 44.4 / 31.1),
+        ("qwen2.5-32b-h100-tp4", "Qwen2.5-32B", 56, 1.33),
     )
-    for name, label, layers, exchange, speed_up in large:
+    for name, label, layers, speed_up in large:
         cost = wider(study.cost, name)
-        one, two = (
-            text.replace("full28", f"full{layers}").replace("cp8", f"cp8:exchange={exchange}")
-            for text in (NAIVE, TWO_TIERS)
-        )
-        gpus = int(name.rsplit("tp", 1)[1])
-        topology = Topology(num_nodes=4 * gpus, tp=gpus, fully_sharded=True)
+        one, two = (text.replace("full28", f"full{layers}") for text in (NAIVE, TWO_TIERS))
+        topology = Topology(num_nodes=4 * cost.tensor_parallel, tp=cost.tensor_parallel, fully_sharded=True)
         before = simulate(packed(study.lengths, one, cost=cost), cost, topology)
         after = simulate(packed(study.lengths, two, cost=cost, balanced=True), cost, topology)
         ours = before.epoch_seconds / after.epoch_seconds
@@ -179,7 +174,7 @@ def table_6(study: Study) -> Iterator[Row]:
 
 
 def table_11(study: Study) -> Iterator[Row]:
-    """Which tiers."""
+    """Tiers chosen by hand and selected."""
     manual = packed(study.lengths, MANUAL, cost=study.cost, balanced=True)
     for name, plan, paper in (
         ("[32K SP2, 128K SP8] by hand", manual, 4.25),
@@ -189,9 +184,10 @@ def table_11(study: Study) -> Iterator[Row]:
 
 
 def table_12(study: Study) -> Iterator[Row]:
-    """FlexSP on six steps of 524,288 tokens, against as many tokens of the whole."""
+    """FlexSP on about five steps of 524,288 tokens, scaled to all tokens."""
     part = np.random.default_rng(5).permutation(study.lengths)[:3500]
-    plan = flexsp(part, num_ranks=32, step_tokens=32 * LOCAL, cost=study.cost, time_limit=3.0)
+    request = Request(tiers=parse_tiers(TWO_TIERS), num_ranks=32, step_tokens=32 * LOCAL, cost=study.cost)
+    plan = flexsp(Samples.of(part), request, time_limit=3.0)
     found = plan_metrics(plan, study.cost)
     for name, paper in (("pr", 0.04), ("dbr", 0.064), ("cr", 0.171), ("abr", 0.36)):
         yield Row(table="12", quantity=f"FlexSP: {name.upper()}", paper=paper, ours=getattr(found, name))
@@ -202,21 +198,17 @@ def table_12(study: Study) -> Iterator[Row]:
 
 def table_13(study: Study) -> Iterator[Row]:
     """Packing methods in one tier of 128K: DBR, ABR, PR, GPU days."""
-    alone: PackingMethod = lambda lengths, capacity, rng: np.arange(len(lengths))  # noqa: E731
     rows = {
         "none": (0.63, 0.72, 0.0, 38.3), "random": (0, 0.53, 0.03, 5.57), "ISF": (0, 0.506, 0.01, 5.22),
         "FFS": (0, 0.508, 0.01, 5.24), "FFD": (0, 0.515, 0.01, 5.48), "BFS": (0, 0.508, 0.01, 5.24),
         "SPFHP": (0, 0.512, 0.01, 5.40),
     }  # fmt: skip
-    methods = {name.upper(): method for name, method in METHODS.items()} | {"NONE": alone}
     for name, (dbr, abr, pr, gpu_days) in rows.items():
-        if name.upper() not in methods:
-            continue
-        plan = packed(study.lengths, NAIVE, cost=study.cost, method=methods[name.upper()])
+        plan = packed(study.lengths, NAIVE, cost=study.cost, packing=name)
         found = plan_metrics(plan, study.cost)
         yield Row(table="13", quantity=f"{name}: DBR", paper=dbr, ours=found.dbr)
         yield Row(table="13", quantity=f"{name}: ABR", paper=abr, ours=side_by_side_abr(plan, 4, sort=False))
-        if name != "none":  # the paper pads nothing there; we count against 128K
+        if name != "none":  # the paper counts no padding there; we would count up to 128K
             yield Row(table="13", quantity=f"{name}: PR", paper=pr, ours=found.pr)
         yield Row(table="13", quantity=f"{name}: GPU days", paper=gpu_days, ours=study.gpu_days(plan), unit="days")
 
@@ -261,13 +253,16 @@ TABLES: tuple[Callable[[Study], Iterator[Row]], ...] = (
 
 
 def deepseek_range(lengths: np.ndarray) -> Iterator[tuple[str, float]]:
-    """DeepSeek-V2 on 256 GPUs, 32K: naive over HBP for links and GEMM rates that the paper's tables do not tell."""
+    """DeepSeek-V2 on 256 GPUs, 32K: naive over HBP for links and GEMM rates that the paper does not state."""
     base = preset("deepseek-v2-h100")
     for cp in (4, 8):
         for link in (25e9, 45e9, 90e9):
-            # The expert all-to-all inside the GEMM rate, as the preset has it, or apart, over the same link.
-            for ep, gemms in ((1, "GEMMs and experts' all-to-all 207 TFLOP/s"), (8, "GEMMs 385 TFLOP/s, EP 8 apart")):
-                cost = replace(base, node_bandwidth=link, cluster_bandwidth=link)
+            # The expert all-to-all inside the GEMM rate, as in the preset, or priced separately, on the same link.
+            for ep, gemms in (
+                (1, "GEMMs with expert all-to-all 207 TFLOP/s"),
+                (8, "GEMMs 385 TFLOP/s, all-to-all of EP 8 separate"),
+            ):
+                cost = base.with_machine(node_bandwidth=link, cluster_bandwidth=link)
                 local = 32768 // cp
                 naive = packed(lengths, f"32768:cp{cp}", cost=cost, ranks=256)
                 hbp = packed(lengths, f"{local}:cp1,32768:cp{cp}", cost=cost, balanced=True, ranks=256)
@@ -280,7 +275,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="a .npy file; without it lengths are generated")
     parser.add_argument("--write", type=Path, help="also write the tables to this Markdown file")
     options = parser.parse_args()
-    lengths = np.load(options.lengths).astype(np.int64) if options.lengths else generate("mix")
+    lengths = read_samples(options.lengths).lengths if options.lengths else generate("mix")
     found = calibrated()
     study = Study(lengths, found.cost)
     rows = []
@@ -300,7 +295,7 @@ def markdown(found: Fit, study: Study, rows: list[Row], deepseek: list[tuple[str
     lines = ["# The paper's tables, and ours", "", (__doc__ or "").split("\n\n", 2)[2].strip(), ""]
     lines += [f"{len(study.lengths):,} samples, {study.lengths.sum():,} tokens; {study.epochs:.2f} epochs.", ""]
     lines += ["## Calibrated on: tables 4, 18, 19", "", "| constant | fitted | standard error |", "|---|---|---|"]
-    values = {name: getattr(found.cost, name) for name in RATES} | found.lengths
+    values = rates_of(found.cost) | found.lengths
     lines += [f"| {name} | {value:.4g} | {found.spread[name]:.0%} |" for name, value in values.items()]
     lines += ["", "| row | paper, s | ours, s | error |", "|---|---|---|---|"]
     lines += [
@@ -317,31 +312,31 @@ def markdown(found: Fit, study: Study, rows: list[Row], deepseek: list[tuple[str
     lines += ["", "## DeepSeek-V2 on 256 GPUs, 32K: the paper's 2.4x", ""]
     lines += [f"Ours: {min(ratios):.2f}x to {max(ratios):.2f}x.", "", "| setting | speed-up |", "|---|---|"]
     lines += [f"| {name} | {ratio:.2f}x |" for name, ratio in deepseek]
-    return "\n".join(lines) + "\n\n" + WORD
+    return "\n".join(lines) + "\n\n" + NOTES
 
 
-WORD = """## Where they part
+NOTES = """## Differences
 
-* **What is ours to choose.** Tables 18 and 19 do not say which samples they time: their mean lengths are fitted, two of
-  the seven constants, and table 19's good fit leans on that. An iteration is read as 16K tokens a GPU. Table 18's first
-  row is read as SP2.
-* **GPU days** have one free factor, the number of epochs. Table 6's and 13's first rows are therefore no test; the
-  speed-ups, and every other row, are.
-* **CR** stays below the paper's .173: fewer tokens of our generated lengths lie in samples over 16K.
-* **Table 12** is not reproduced. Our FlexSP has HiGHS for 3 s a program, on about five steps: what it finds in that
-  time depends on the machine (3.9 GPU days on quiet cores, 4.3 and 6.1 on busy ones); the paper's solver had 5 to 15 s.
-  PR counts against packing lengths and CR every token of a gang, so both lie far from the paper's.
-* **Table 13, no packing.** We price GEMMs, attention and a fixed time alone; a million micro-batches of a few hundred
+* **Assumptions.** Tables 18 and 19 do not state which samples they time: their mean lengths are fitted, two of the
+  seven constants, and table 19's good fit relies on that. An iteration is taken to be 16K tokens per GPU, table 18's
+  first row to be SP2.
+* **GPU days** have one free factor, the number of epochs. The first rows of tables 6 and 13 are therefore no test; the
+  speed-ups, and all other rows, are.
+* **CR** stays below the paper's .173: fewer tokens of our generated lengths are in samples over 16K.
+* **Table 12** is not reproduced. Our FlexSP gives HiGHS 3 s per program, on about five steps: what it finds in that
+  time depends on the machine (3.9 GPU days on idle cores, 4.3 and 6.1 on busy ones); the paper's solver had 5 to 15 s.
+  PR is relative to packing lengths and CR counts every token of a gang, so both are far from the paper's.
+* **Table 13, no packing.** We price only GEMMs, attention and a fixed time; a million micro-batches of a few hundred
   tokens cost more than that (host, loader, launches), and the paper's iterations seem to be wider (its DBR is .63).
-  FFD and SPFHP: sorting puts our long samples together, ABR is above the paper's, the days follow.
+  FFD and SPFHP: sorting puts our long samples together; ABR is above the paper's, and so are the days.
 * **Table 22.** Our OpenHermes is a lognormal of the published mean, a million samples, with 2,000 of LongCite's
-  histogram. GPU days are about a fifth too high in all three rows, so it is the tokens that differ: the speed-ups,
-  which do not depend on them, agree to 4%.
-* **Larger models.** 70B and 32B are the 8B's rates times the GPUs of a tensor-parallel rank, whose collectives and
+  histogram. GPU days are about a fifth too high in all three rows, so it is the number of tokens that differs: the
+  speed-ups, which do not depend on it, agree to 4%.
+* **Larger models.** 70B and 32B use the 8B's rates times the GPUs of a tensor-parallel rank, whose collectives and
   links we do not know. At TP 4 a rank has 10 of the 32B's query heads, which CP 8 does not divide: keys and values are
-  gathered there. The paper does not say how it laid this model out.
-* **DeepSeek-V2.** The paper gives neither links, nor layout, nor the SP degree of its 32K tier, and tables 4, 18 and 19
-  determine none of them: hence a range. It contains 2.4x, and a wide range is a weak test.
+  gathered there. The paper does not state the layout of this model.
+* **DeepSeek-V2.** The paper states neither links, nor layout, nor the SP degree of its 32K tier, and tables 4, 18 and
+  19 determine none of them: hence a range. It contains 2.4x, and a wide range is a weak test.
 """
 
 

@@ -2,40 +2,37 @@
 
     python -m benchmarks.planning [--lengths LENGTHS.npy] [--write benchmarks/planning.md]
 
-Without --lengths the package's own Tulu-3 + LongCite-like generator makes 941,343 samples. Times are process time on
-whatever else the machine does; everything else is the same on every machine. N is the number of ranks unless said.
+Without --lengths, 941,343 lengths like those of Tulu-3 + LongCite are generated (benchmarks/lengths.py). Times are
+process times and depend on the machine and its load; all other figures are the same on every machine. N is the number
+of ranks unless stated otherwise.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lengths import generate
+from benchmarks.measures import loss_token_variation, noisy_step_ratio
 from benchmarks.online import plan_batch
-from megatron_hbp.planning import Plan, make_plan, parse_tiers
-from megatron_hbp.planning.core.plan import DataFingerprint
-from megatron_hbp.planning.core.samples import Samples
-from megatron_hbp.planning.core.tiers import layers
-from megatron_hbp.planning.cost.model import ATTENTION_ONLY, CostModel, preset
+from megatron_hbp.planning import Plan, Request, Samples, make_plan, naive_plan, parse_tiers
+from megatron_hbp.planning.core.samples import read_samples
+from megatron_hbp.planning.core.tiers import full_layers
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.cost.presets import preset
 from megatron_hbp.planning.measure.metrics import plan_metrics
-from megatron_hbp.planning.measure.quality import (
-    loss_token_variation,
-    lower_bound,
-    noisy_step_ratio,
-    randomness,
-    side_by_side_abr,
-)
+from megatron_hbp.planning.measure.quality import lower_bound, randomness, side_by_side_abr
 from megatron_hbp.planning.peers import PEERS
-from megatron_hbp.planning.planner import naive_plan
-from megatron_hbp.planning.request import Request
-from megatron_hbp.planning.schedule.placement import Request
 
 LLAMA, DEEPSEEK = preset("llama3.1-8b-h100"), preset("deepseek-v2-h100")
+ATTENTION_ONLY = replace(LLAMA.without_exchange().with_machine(linear_rate=np.inf), micro_batch_seconds=0.0)
+"""Sum of squares over CP degree, which the paper balances."""
 LOCAL_TOKENS = 16384
 
 DEFAULT = "16384:cp1:full28,32768:cp2:full28,65536:cp4:full28,131072:cp8:full28"
@@ -47,26 +44,28 @@ Row = tuple[str, str, str, bool | None]
 """(quantity, reached, target, whether it is met)."""
 
 
-def plan_for(lengths: np.ndarray, tiers: str, *, ranks: int = 32, slots: int = 1, **options) -> Plan:
-    """A plan of this package; steps of `slots` full slots."""
-    options.setdefault("cost", LLAMA)
+def request_for(tiers: str, *, ranks: int = 32, slots: int = 1, cost: CostModel = LLAMA, **options: Any) -> Request:
+    """A request for steps of `slots` full slots."""
     step_tokens = slots * ranks * LOCAL_TOKENS
-    return make_plan(
-        Samples.of(lengths), Request(tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=step_tokens, **options)
-    )
+    return Request(tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=step_tokens, cost=cost, **options)
+
+
+def plan_for(lengths: np.ndarray, tiers: str, *, loss_tokens: np.ndarray | None = None, **options: Any) -> Plan:
+    """The plan that `request_for` asks for."""
+    return make_plan(Samples.of(lengths, loss_tokens), request_for(tiers, **options))
 
 
 def over_bound(lengths: np.ndarray, plan: Plan, cost: CostModel = LLAMA) -> float:
     """Modelled epoch over the lower bound; settings allowed to the bound are those of the 8B profile."""
     bound = lower_bound(
         lengths, cost, plan.num_ranks, num_steps=plan.num_steps,
-        settings=[(local, layers(count)) for local, count in LLAMA.recompute_layers],
+        settings=[(local, full_layers(count)) for local, count in LLAMA.recompute_layers],
     )  # fmt: skip
     return plan_metrics(plan, cost).epoch_seconds / bound
 
 
 def at_most(quantity: str, reached: float, target: float, digits: int = 4, unit: str = "") -> Row:
-    """A row that wants `reached` <= `target`."""
+    """A row whose target is met where `reached` <= `target`."""
     return quantity, f"{reached:.{digits}f}{unit}", f"<= {target:g}{unit}", reached <= target
 
 
@@ -85,20 +84,20 @@ def rows(lengths: np.ndarray) -> Iterator[Row]:
 
 def paper_rows(lengths: np.ndarray) -> Iterator[Row]:
     """The paper's own method, to see that data and measures are those of the paper."""
-    common = {"tiers": parse_tiers(TWO_TIERS), "num_ranks": 32, "step_tokens": 32 * LOCAL_TOKENS}
-    abr = side_by_side_abr(naive_plan(Samples.of(lengths), Request(**common)), 4, sort=False)
+    naive = naive_plan(Samples.of(lengths), request_for(TWO_TIERS))
+    abr = side_by_side_abr(naive, 4, sort=False)
     yield "ABR, naive ISF in 128K, N = 4 groups of 128K", f"{abr:.3f}", ".506 +- .03", abs(abr - 0.506) <= 0.03
-    unsorted = make_plan(Samples.of(lengths), Request(**common, packing="ISF", is_balanced=False))
+    unsorted = plan_for(lengths, TWO_TIERS, packing="ISF", is_balanced=False)
     abr, cr = side_by_side_abr(unsorted, 4, sort=False), plan_metrics(unsorted, LLAMA).cr
     yield "ABR, two tiers unsorted, N = 4 groups of 128K", f"{abr:.3f}", ".288 +- .03", abs(abr - 0.288) <= 0.03
     yield "CR, the same", f"{cr:.3f}", ".173 +- .03", abs(cr - 0.173) <= 0.03
-    balanced = make_plan(Samples.of(lengths), Request(**common, packing="ISF", is_balanced=True, cost=LLAMA))
+    balanced = plan_for(lengths, TWO_TIERS, packing="ISF")
     yield "paper's method: epoch over the lower bound", f"{over_bound(lengths, balanced):.4f}", "(for scale)", None
     yield "paper's method: eta^2", f"{randomness(balanced).eta_squared:.4f}", "(for scale)", None
 
 
 def default_rows(lengths: np.ndarray, plan: Plan) -> Iterator[Row]:
-    """One default plan: four tiers of equal local tokens, one slot a step; and eight slots a step."""
+    """One default plan: four tiers of equal local tokens, one slot per step; and eight slots per step."""
     found = plan_metrics(plan, LLAMA)
     dropped = len(lengths) - len(np.unique(plan.sample_ids))
     yield at_most("CR over forced CR, four tiers", found.cr / found.forced_cr, 1.12)
@@ -112,9 +111,9 @@ def default_rows(lengths: np.ndarray, plan: Plan) -> Iterator[Row]:
     yield "samples dropped", str(dropped), "0", dropped == 0
     yield at_most("P95 idle under noise over that of equal work", noisy_step_ratio(plan, LLAMA), 1.02)
     many = plan_for(lengths, DEFAULT, slots=8)
-    yield at_most("4M tokens a step: modelled idle", 100 * plan_metrics(many, LLAMA).idle, 0.09, 4, "%")
-    yield at_most("4M tokens a step: epoch over the lower bound", over_bound(lengths, many), 1.010)
-    yield at_most("4M tokens a step: eta^2", randomness(many).eta_squared, 0.005)
+    yield at_most("4M tokens per step: modelled idle", 100 * plan_metrics(many, LLAMA).idle, 0.09, 4, "%")
+    yield at_most("4M tokens per step: epoch over the lower bound", over_bound(lengths, many), 1.010)
+    yield at_most("4M tokens per step: eta^2", randomness(many).eta_squared, 0.005)
 
 
 def exception_rows(lengths: np.ndarray) -> Iterator[Row]:
@@ -174,18 +173,14 @@ def peer_rows(lengths: np.ndarray) -> Iterator[Row]:
     """Tuned static CP and dynamic CP under the same cost model, epoch of theirs over ours."""
     for label, cost, ranks, slots in (
         ("8B on 32", LLAMA, 32, 1),
-        ("8B on 32, 4M tokens a step", LLAMA, 32, 8),
+        ("8B on 32, 4M tokens per step", LLAMA, 32, 8),
         ("DeepSeek-V2 on 256", DEEPSEEK, 256, 1),
-        ("DeepSeek-V2 on 256, 8 slots a step", DEEPSEEK, 256, 8),
+        ("DeepSeek-V2 on 256, 8 slots per step", DEEPSEEK, 256, 8),
     ):
-        tiers = parse_tiers(DEFAULT)
-        request = Request(
-            tiers=tiers, num_ranks=ranks, step_tokens=slots * ranks * LOCAL_TOKENS, seed=0, schedule="lockstep",
-            cost=cost, data=DataFingerprint.of(lengths),
-        )  # fmt: skip
-        ours = plan_metrics(plan_for(lengths, DEFAULT, ranks=ranks, slots=slots, cost=cost), cost).epoch_seconds
+        samples, request = Samples.of(lengths), request_for(DEFAULT, ranks=ranks, slots=slots, cost=cost)
+        ours = plan_metrics(make_plan(samples, request), cost).epoch_seconds
         times = {
-            name: plan_metrics(PEERS[name](lengths, request), cost).epoch_seconds
+            name: plan_metrics(PEERS[name](samples, request), cost).epoch_seconds
             for name in ("static CP, tuned", "dynamic CP (Megatron dev)")
         }
         best = min(times, key=times.__getitem__)
@@ -199,20 +194,20 @@ def peer_rows(lengths: np.ndarray) -> Iterator[Row]:
 
 
 def loss_rows(lengths: np.ndarray, default: Plan) -> Iterator[Row]:
-    """30% of the samples have short answers to long prompts; all other figures must stay what they are without."""
+    """30% of the samples have short answers to long prompts; all other figures must stay as they are without."""
     rng = np.random.default_rng(7)
     share = np.where(
         rng.random(len(lengths)) < 0.3, rng.uniform(0.02, 0.1, len(lengths)), rng.uniform(0.5, 1, len(lengths))
     )
     loss = np.maximum(1, lengths * share).astype(np.int64)
     before = plan_metrics(default, LLAMA).idle
-    for label, slots in (("", 1), (", 4M tokens a step", 8)):
+    for label, slots in (("", 1), (", 4M tokens per step", 8)):
         aware = plan_for(lengths, DEFAULT, slots=slots, loss_tokens=loss)
         idle = plan_metrics(aware, LLAMA).idle
         blind = loss_token_variation(plan_for(lengths, DEFAULT, slots=slots), loss)
         yield at_most(f"variation of loss tokens per step{label}", 100 * loss_token_variation(aware, loss), 5, 2, "%")
         yield (
-            f"the same, plan blind to them; idle then and now{label}",
+            f"the same, of a plan made without them; idle without and with them{label}",
             f"{100 * blind:.2f}%; {before:.4%}, {idle:.4%}",
             "same idle",
             idle <= before,
@@ -222,7 +217,7 @@ def loss_rows(lengths: np.ndarray, default: Plan) -> Iterator[Row]:
 
 
 def aware_rows(lengths: np.ndarray, plan: Plan, loss: np.ndarray) -> Iterator[Row]:
-    """What else must hold of a plan that looks at loss tokens."""
+    """What else must hold for a plan that evens out loss tokens."""
     found = plan_metrics(plan, LLAMA)
     yield at_most("with loss tokens: modelled idle", 100 * found.idle, 0.09, 4, "%")
     yield at_most("with loss tokens: epoch over the lower bound", over_bound(lengths, plan), 1.010)
@@ -261,7 +256,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="a .npy file; without it lengths are generated")
     parser.add_argument("--write", type=Path, help="also write the table to this Markdown file")
     options = parser.parse_args()
-    lengths = np.load(options.lengths).astype(np.int64) if options.lengths else generate("mix")
+    lengths = read_samples(options.lengths).lengths if options.lengths else generate("mix")
     found = []
     table = Table(title=f"{len(lengths):,} samples, {lengths.sum():,} tokens, 32 ranks, {LLAMA.name}")
     for heading in ("quantity", "reached", "target", "met"):
@@ -285,8 +280,8 @@ def markdown(found: list[Row], lengths: np.ndarray, source: Path | None) -> str:
         "",
         f"Made by `{command}`: {len(lengths):,} samples, {lengths.sum():,} tokens.",
         "",
-        f"Default tiers: `{DEFAULT}`, 32 ranks, 524,288 tokens (one slot) a step, `{LLAMA.name}`.",
-        f"Two tiers: `{TWO_TIERS}`. Wide tiers: `{WIDE}`. N is the number of ranks unless said.",
+        f"Default tiers: `{DEFAULT}`, 32 ranks, 524,288 tokens (one slot) per step, `{LLAMA.name}`.",
+        f"Two tiers: `{TWO_TIERS}`. Wide tiers: `{WIDE}`. N is the number of ranks unless stated otherwise.",
         "",
         "| quantity | reached | target | met |",
         "|---|---|---|---|",
