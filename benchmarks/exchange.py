@@ -41,7 +41,7 @@ SHAPES = {
     "DeepSeek-V2": DEEPSEEK_V2.attention,
 }
 LATENT_SHARES = {"qkv_latent": {2: 0.26, 4: 0.31, 8: 0.41}, "kv_latent": {2: 1 / 70, 4: 1 / 35, 8: 1 / 17}}
-"""At most so many elements of DeepSeek-V2's latents, as shares of those of Ulysses."""
+"""Upper limits on the elements of DeepSeek-V2's latents, as shares of those of Ulysses."""
 HEAVY = {
     "GQA": AttentionShape(num_query_heads=16, num_kv_heads=4, qk_width=64, v_width=64),
     "MLA": AttentionShape(
@@ -200,8 +200,8 @@ def modelled_table(folder: Path) -> list[Table]:
         "64K tokens per rank and step",
         "A step takes the sum over its slots of the slowest pack (compute + exposed exchange, forward, backward and "
         "recomputed forward). Rates and links are those of the presets; a ring hides 80% of what fits under attention.",
-        "setting", "CP", "chosen", "slowest", "ms per layer", "ms per layer ", "s per step", "s per step ", "saved s",
-        "saved", "with a2a",
+        "setting", "CP", "chosen", "slowest", "chosen, ms per layer", "slowest, ms per layer", "chosen, s per step",
+        "slowest, s per step", "saved s", "saved", "a2a, s per step",
     )  # fmt: skip
     for name, model, ranks, layers in CLUSTERS:
         cost = preset(model)
@@ -237,7 +237,7 @@ def exposed(plan: Plan, cost: CostModel, tier: int, exchange: str) -> float:
 
 
 def _seconds(cost: CostModel, exchange: str, cp_degree: int, tokens: int, squares: float) -> float:
-    """Exposed seconds of a layer on one GPU: heads, rates and links of one, in nodes of so many ranks."""
+    """Exposed seconds of a layer on one GPU: heads, rates and links of one GPU, nodes counted in ranks."""
     machine = replace(cost.machine, node_size=cost.rank.node_size)
     return price(
         EXCHANGES[exchange], cost.rank_attention, cp_degree=cp_degree, tokens=tokens, squares=squares, machine=machine

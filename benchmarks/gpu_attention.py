@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_attention [--write benchmarks/gpu_attention.md]
 
-Three questions: is the time of variable-length attention that of its summed squares, as the cost model says; how far
-is each kernel from the best one of the same run (target 97%); what do recompute policies cost and save on a stack of
-layers of the 1B class from 4K to 64K tokens. Without a device it says so and ends with code 78.
+Three questions: is the time of variable-length attention proportional to summed squares, as the cost model assumes;
+how far is each kernel from the best one of the same run (target 97%); what do recompute policies cost and save on a
+stack of layers of the 1B class from 4K to 64K tokens. Without a device it prints a message and exits with code 78.
 """
 
 import argparse
@@ -51,12 +51,12 @@ LOCAL_TOKENS = (4096, 8192, 16384, 32768, 65536)
 
 
 def main() -> int:
-    """Print the tables; with --write also as a file."""
+    """Print the tables; with --write also save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
     write = parser.parse_args().write
     if not torch.cuda.is_available():
-        print("benchmarks.gpu_attention needs a CUDA device, and there is none: nothing was measured", file=sys.stderr)
+        print("benchmarks.gpu_attention requires a CUDA device and found none; run it on a GPU", file=sys.stderr)
         return 78
     console = Console(width=120, record=True)
     console.print(f"$ python -m benchmarks.gpu_attention  # {torch.cuda.get_device_name()}", highlight=False)
@@ -93,7 +93,7 @@ def milliseconds(run: Callable[[], None], rounds: int = ROUNDS) -> float:
 
 
 def installed() -> list[str]:
-    """The kernels that run here; `reference` is a call a sample and no competitor."""
+    """The kernels that run here, without `reference`, which makes one call per sample."""
     cuda = torch.device("cuda")
     return [n for n in kernels.KERNELS if n != "reference" and kernels.why_not(n, cuda, torch.bfloat16) is None]
 
@@ -140,7 +140,7 @@ def attention_milliseconds(name: str, shape: str, lengths: list[int]) -> float:
 
 
 def policies() -> dict[str, Recompute]:
-    """None, selective ones, and full in quarters."""
+    """No recompute, selective policies, and full recompute of each quarter more of the layers."""
     layers = STACK["num_layers"]
     selective = {name: (name,) for name in ("core_attn", "layernorm", "mlp")}
     return {

@@ -275,10 +275,11 @@ def main() -> None:
 def markdown(found: list[Row], lengths: np.ndarray, source: Path | None) -> str:
     """The table as Markdown, with the command that makes it."""
     command = "python -m benchmarks.planning --write benchmarks/planning.md" + (" --lengths mix.npy" if source else "")
+    origin = ", like Tulu-3 + LongCite, of a generator outside this repository" if source else ""
     lines = [
         "# The planner's figures",
         "",
-        f"Made by `{command}`: {len(lengths):,} samples, {lengths.sum():,} tokens.",
+        f"Made by `{command}`: {len(lengths):,} samples, {lengths.sum():,} tokens{origin}.",
         "",
         f"Default tiers: `{DEFAULT}`, 32 ranks, 524,288 tokens (one slot) per step, `{LLAMA.name}`.",
         f"Two tiers: `{TWO_TIERS}`. Wide tiers: `{WIDE}`. N is the number of ranks unless stated otherwise.",

@@ -1,13 +1,13 @@
-"""`hbp profile` on the demo's two models: seconds, fit errors, packs that the fit never saw, memory against RSS.
+"""`hbp profile` on the demo's two models: seconds, fit errors, packs that were not fitted, memory compared with RSS.
 
     python -m benchmarks.profile [--write benchmarks/profile.md] [--out FOLDER]
 
-Four gloo ranks on this machine. Seconds to profile are wall time and the CPU time of all processes; times of packs are
-process CPU time at the speed of the yardstick (profiling/yardstick.py). The plan that is checked has lengths drawn at
-random, in the demo's tiers; neither its lengths nor its recompute policy (one layer of two) is in the table. Its slots
-are run eleven times in turn. Memory is checked for packs of several samples in fresh processes
-(benchmarks/profile_rss.py), with glibc told to give freed blocks back: by default its heap keeps holes, and resident
-memory grows by a quarter to two thirds more than tensors hold.
+Four gloo ranks on one machine. Seconds to profile are wall time and the CPU time of all processes; times of packs are
+process CPU times at the speed of the yardstick (profiling/yardstick.py). The plan that is checked has random lengths
+and the demo's tiers; neither its lengths nor its recompute policy (one layer of two) is in the table. Its slots are run
+eleven times in turn. Memory is checked for packs of several samples in new processes (benchmarks/profile_rss.py), with
+glibc set to return freed blocks: by default its heap keeps holes, and resident memory grows by a quarter to two thirds
+more than tensors hold.
 """
 
 import argparse
@@ -27,15 +27,12 @@ from rich.table import Table
 
 from megatron_hbp.demo.__main__ import NUM_RANKS, TIERS
 from megatron_hbp.demo.models import MODELS
+from megatron_hbp.planning import Request, Samples, make_plan, parse_tiers
 from megatron_hbp.planning.core import planfile
-from megatron_hbp.planning.core.samples import Samples
-from megatron_hbp.planning.core.tiers import parse_tiers
 from megatron_hbp.planning.cost import profile_table
 from megatron_hbp.planning.cost.file import cost_model
 from megatron_hbp.planning.cost.fit import fit_profile, spearman
 from megatron_hbp.planning.cost.profile_memory import peak_of
-from megatron_hbp.planning.planner import make_plan
-from megatron_hbp.planning.request import Request
 from megatron_hbp.report.profile_tables import fit_lines, fit_table
 
 GRID = ["--lengths", "512,1024,8192", "--most-local", "2048", "--cp", "1,4", "--recompute", "none,full2"]
@@ -47,19 +44,19 @@ TARGET_SECONDS, TARGET_RANK, TARGET_ERROR = 180.0, 0.9, 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """A subprocess: wall seconds and CPU seconds of it and its children."""
+    """Wall seconds and CPU seconds of a subprocess and its children."""
 
     wall: float
     cpu: float
 
 
 def main() -> None:
-    """Run everything; print, and with --write keep the tables."""
+    """Run everything; print the tables, and with --write save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
-    parser.add_argument("--out", type=Path, help="keep tables here, and resume those that are there")
-    parser.add_argument("--only", choices=MODELS, help="one model, for example to run them one after the other")
-    parser.add_argument("--skip-memory", action="store_true", help="weigh no RSS that is not in --out yet")
+    parser.add_argument("--out", type=Path, help="keep profile tables here, and resume existing ones")
+    parser.add_argument("--only", choices=MODELS, help="only this model")
+    parser.add_argument("--skip-memory", action="store_true", help="measure no RSS that is not in --out yet")
     args = parser.parse_args()
     console = Console(width=118, record=True)
     skipped = " --skip-memory" if args.skip_memory else ""
@@ -71,8 +68,10 @@ def main() -> None:
         total = 0.0
         for name in [args.only] if args.only else MODELS:
             total += one_model(name, [*MODELS[name], *FURTHER], plan, out, console, with_memory=not args.skip_memory)
-        told = "met" if total < TARGET_SECONDS else "MISSED"
-        console.print(f"both models: {total:.0f} s of wall time (target {TARGET_SECONDS:g}: {told})", highlight=False)
+        verdict = "met" if total < TARGET_SECONDS else "MISSED"
+        console.print(
+            f"both models: {total:.0f} s of wall time (target {TARGET_SECONDS:g}: {verdict})", highlight=False
+        )
     if args.write:
         about = (__doc__ or "").split("\n\n", 2)[2].strip()
         args.write.write_text(
@@ -81,7 +80,7 @@ def main() -> None:
 
 
 def unseen_plan(path: Path) -> Path:
-    """Random lengths in the demo's tiers: many short samples, some long ones, packs of very different squares."""
+    """Random lengths in the demo's tiers: many short samples, some long ones, packs of widely different squares."""
     rng = np.random.default_rng(7)
     short = np.clip(np.exp(rng.normal(5.0, 1.2, 170)), 16, 1024)
     long = np.exp(rng.uniform(np.log(1100), np.log(8192), 22))
@@ -108,7 +107,7 @@ def one_model(name: str, flags: list[str], plan: Path, out: Path, console: Conso
     fit = fit_profile(table, name=cost.name)
     console.print(
         f"\n[bold]{name}[/]: {len(table.rows)} rows in {seconds['wall']:.0f} s of wall time, {seconds['cpu']:.0f} s of "
-        f"CPU time ({NUM_RANKS} ranks, their start and imports included); load average then {seconds['load']:.0f} on "
+        f"CPU time ({NUM_RANKS} ranks, start and imports included); load average {seconds['load']:.0f} on "
         f"{os.cpu_count()} cores",
         highlight=False,
     )
@@ -124,8 +123,8 @@ def one_model(name: str, flags: list[str], plan: Path, out: Path, console: Conso
 
 
 def check_table(packs: list[dict]) -> Table:
-    """A line a tier, and the targets."""
-    lines = Table(title="packs of a plan that the fit never saw", title_justify="left")
+    """One row per tier, with the targets."""
+    lines = Table(title="packs of a plan that were not fitted", title_justify="left")
     for heading in ("tier", "packs", "measured ms", "rank correlation", "median error", "worst", "met"):
         lines.add_column(heading, justify="left" if heading == "tier" else "right")
     for tier in sorted({pack["tier"] for pack in packs}, key=len):
@@ -140,7 +139,7 @@ def check_table(packs: list[dict]) -> Table:
 
 
 def memory_table(name: str, table: profile_table.ProfileTable, flags: list[str], out: Path, *, weigh: bool) -> Table:
-    """Predicted peaks against the growth of RSS in fresh processes."""
+    """Predicted peaks next to the growth of RSS in new processes."""
     lines = Table(title="peak memory of a micro-batch, fullest rank, MiB", title_justify="left")
     for heading in ("tokens", "CP", "recompute", "predicted", "growth of RSS", "error", "within 10%"):
         lines.add_column(heading, justify="left" if heading == "recompute" else "right")
@@ -149,7 +148,7 @@ def memory_table(name: str, table: profile_table.ProfileTable, flags: list[str],
         if not result.exists() and not weigh:
             continue
         if not result.exists():
-            ranks = max(2, cp_degree)  # expert parallelism of the second model wants two
+            ranks = max(2, cp_degree)  # the second model's expert parallelism requires two
             command = [
                 sys.executable, "-m", "megatron_hbp.launch", "--standalone", "--nproc-per-node", str(ranks),
                 "-m", "benchmarks.profile_rss", f"--hbp-profile-lengths={tokens}", f"--hbp-profile-cp={cp_degree}",
@@ -168,7 +167,7 @@ def memory_table(name: str, table: profile_table.ProfileTable, flags: list[str],
 
 
 def run(command: list[str], log: Path, **environment: str) -> Ran:
-    """Run to the end; raises with the log's end where it fails."""
+    """Run a command; raises RuntimeError with the end of its log where it fails."""
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     given = {k: v for k, v in os.environ.items() if k != "HBP_EXIT_CODE_FILE"} | {"OMP_NUM_THREADS": "1"}
     with log.open("w", encoding="utf-8") as file:

@@ -1,10 +1,10 @@
-"""Resident memory that one micro-batch adds to a fresh process, on every rank: run by benchmarks.profile.
+"""Resident memory that one micro-batch adds to a new process, on every rank: run by benchmarks.profile.
 
     HBP_RSS="TOKENS CP RECOMPUTE RESULT.json" python -m megatron_hbp.launch ... -m benchmarks.profile_rss [flags]
 
-A short pack comes first, so that threads, tables and libraries are there; then the kernel's high-water mark is reset
-(/proc/self/clear_refs), the micro-batch runs, and VmHWM is read against VmRSS from before. glibc is told to give freed
-blocks back at once, else resident memory is what tensors once held: holes in its heap make 94 MiB of 76, 174 of 108.
+A short pack runs first, so that threads, tables and libraries are in memory; then the kernel's high-water mark is
+reset (/proc/self/clear_refs), the micro-batch runs, and VmHWM is compared with the VmRSS before it. glibc is set to
+return freed blocks at once, otherwise resident memory includes holes in its heap (94 MiB for 76, 174 MiB for 108).
 """
 
 import ctypes

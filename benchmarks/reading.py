@@ -1,9 +1,9 @@
-"""How fast a rank's micro-batches are made from the store, and what reading ahead hides of it.
+"""How fast a rank's micro-batches are made from the store, and how much of that time reading ahead hides.
 
     python -m benchmarks.reading [--write benchmarks/reading.md]
 
-A store of random tokens with lengths like Tulu-3 + LongCite, planned for 32 ranks; this process is one of them. Times
-depend on this machine's disk and on what else it does. "Cold" starts with the store's files dropped from the page cache
+A store of random tokens with lengths like those of Tulu-3 + LongCite, planned for 32 ranks; this process is one of
+them. Times depend on the machine's disk and load. "Cold" starts with the store's files dropped from the page cache
 (posix_fadvise), "warm" with them in it.
 """
 
@@ -24,10 +24,7 @@ from megatron_hbp.data.manifest import BULK_FILES, TokenizerInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.writer import StoreWriter
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.core.samples import Samples
-from megatron_hbp.planning.request import Request
+from megatron_hbp.planning import Plan, Request, Samples, make_plan, parse_tiers
 from megatron_hbp.training.feed import Feed, MicroBatch
 
 TIERS = "16384:cp1,32768:cp2,65536:cp4,131072:cp8"
@@ -36,11 +33,11 @@ STEPS = 8
 BYTES_PER_TOKEN = 5
 """int32 token, uint8 mask."""
 BUSY = (0.05, 0.2)
-"""Seconds of a micro-batch on the device, played by sleeping; 16K tokens of an 8B model take about 1 s on an H100."""
+"""Seconds of a micro-batch on the device (a sleep here); 16K tokens of an 8B model take about 1 s on an H100."""
 
 
 def main() -> None:
-    """Print the tables; with --write also as a file."""
+    """Print the tables; with --write also save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
     write = parser.parse_args().write
@@ -49,10 +46,8 @@ def main() -> None:
     console.print("$ python -m benchmarks.reading --write benchmarks/reading.md", highlight=False)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         store = random_store(Path(folder) / "store")
-        plan = make_plan(
-            Samples.of(store.lengths),
-            Request(tiers=parse_tiers(TIERS), num_ranks=32, step_tokens=2 * 32 * 16384, overlong="drop"),
-        )
+        request = Request(tiers=parse_tiers(TIERS), num_ranks=32, step_tokens=2 * 32 * 16384, overlong="drop")
+        plan = make_plan(Samples.of(store.lengths), request)
         for table in (making_table(store, plan), waiting_table(store, plan)):
             console.print(table)
     if write:
@@ -75,7 +70,7 @@ def random_store(folder: Path) -> TokenStore:
 
 
 def feed_of(store: TokenStore, plan: Plan, *, rank: int = 0, read_ahead: int = 0, asks: bool = False) -> Feed:
-    """A rank's feed; one that asks does so for all ranks of the node."""
+    """A rank's feed; one that `asks` advises the system what all ranks of the node will read."""
     groups = CpGroups(by_degree=dict.fromkeys((2, 4, 8), None), num_created=0)  # type: ignore[arg-type]
     return Feed(
         plan=plan, store=store, groups=groups, rank=rank, unit=1, full_length=False, device=torch.device("cpu"),
@@ -101,11 +96,11 @@ def table_of(title: str, caption: str | None, *columns: str) -> Table:
 
 
 def making_table(store: TokenStore, plan: Plan) -> Table:
-    """CPU milliseconds to make a micro-batch, by tier, nothing ahead, files in memory."""
+    """CPU milliseconds to make a micro-batch, by tier, without reading ahead, files in memory."""
     table = table_of(
         "Making a micro-batch: CPU time of one thread, warm, median",
         None,
-        "tier", "micro-batches", "ms", "MB/s of the store", "M local tokens/s",
+        "tier", "micro-batches", "ms", "MB/s of the store", "million local tokens/s",
     )  # fmt: skip
     times: dict[int, list[tuple[float, int, int]]] = {}
     for rank in NODE:
@@ -126,17 +121,17 @@ def making_table(store: TokenStore, plan: Plan) -> Table:
 
 
 def num_bytes_of(store: TokenStore, batch: MicroBatch) -> int:
-    """Bytes of the whole pack: a rank reads all of it, to place its own slice in it."""
+    """Bytes of the whole pack: a rank reads all of it and keeps its own slice."""
     return int(store.lengths[batch.sample_ids].sum()) * BYTES_PER_TOKEN
 
 
 def waiting_table(store: TokenStore, plan: Plan) -> Table:
-    """Share of the time that a consumer waits, by micro-batches ahead."""
+    """Share of the time that a consumer waits, by number of micro-batches read ahead."""
     table = table_of(
         f"Waiting for micro-batches: one rank, the first {STEPS} steps",
-        "A micro-batch keeps the device busy for so long (a sleep); the rest is waiting. Asked: this rank asks the "
-        "system for what the node's 8 ranks read in this step and the next two, in the order of the file.",
-        "page cache", "asked", "ms busy", "ahead", "MB/s read", "waiting", "of it the first micro-batch",
+        "A micro-batch keeps the device busy for `ms busy` (a sleep); the rest is waiting. Advised: this rank tells "
+        "the system what the node's 8 ranks read in this step and the next two, in the order of the file.",
+        "page cache", "advised", "ms busy", "ahead", "MB/s read", "waiting", "waiting for the first",
     )  # fmt: skip
     for busy in BUSY:
         for cold, asks, ahead in (

@@ -1,11 +1,11 @@
-"""Memory and time of the run time's parts, in one run on CPU.
+"""Memory and time of the run time's components, in one run on CPU.
 
     python -m benchmarks.runtime [--write benchmarks/runtime.md]
 
-Bytes are the same on every machine; times are medians on whatever else the machine does. Saved bytes are those of all
-distinct storages that autograd still holds when the forward has ended (torch.autograd.graph.saved_tensors_hooks),
-parameters not counted. Peak bytes are the highest sum of all allocations and releases that torch's own allocator
-reports (torch.profiler, profile_memory), forward and backward, above what stood before.
+Bytes are the same on every machine; times are medians and depend on its load. Saved bytes are those of all distinct
+storages that autograd still holds when the forward has ended (torch.autograd.graph.saved_tensors_hooks), without
+parameters. Peak bytes are the highest sum of all allocations and releases that torch's own allocator reports
+(torch.profiler, profile_memory), forward and backward, above what was allocated before.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -56,7 +57,7 @@ BIND_TARGET = 50.0
 
 
 def main() -> None:
-    """Print the tables; with --write also as a file."""
+    """Print the tables; with --write also save them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
     write = parser.parse_args().write
@@ -88,7 +89,7 @@ def table_of(title: str, *columns: str) -> Table:
 
 
 def policies(kind: str) -> dict[str, Recompute]:
-    """None, each selective module, all that do not nest, full with 1 to all layers."""
+    """No recompute, each selective module, all modules that do not nest, full with 1 to all layers."""
     together = [name for name in MODULES[kind] if name not in ("mlp", "moe")]
     return {
         "none": Recompute(),
@@ -100,7 +101,7 @@ def policies(kind: str) -> dict[str, Recompute]:
 
 def recompute_table(kind: str) -> Table:
     """Saved bytes and time of a forward and backward by policy, fp32."""
-    model = build(kind, dtype=torch.float32, num_layers=LAYERS, **SIZES[kind])[0]
+    model = build(kind, dtype=torch.float32, num_layers=LAYERS, **SIZES[kind])[0]  # type: ignore[arg-type]
     model.train()
     table = table_of(
         f"{kind}: {LAYERS} layers, hidden 256, one pack of {sum(LENGTHS):,} tokens, CP 1, fp32, median of 5",
@@ -113,9 +114,9 @@ def recompute_table(kind: str) -> Table:
     with on_bind(RecomputeSwitch([model])):
         saved = {name: saved_bytes(model, batch) for name, batch in batches.items()}
         times: dict[str, list[float]] = {name: [] for name in batches}
-        for _ in range(5):  # round by round: whatever else the machine does meets every policy
+        for _ in range(5):  # in turns: other load of the machine affects all policies alike
             for name, batch in batches.items():
-                times[name].append(seconds(lambda batch=batch: forward(model, batch).backward()))
+                times[name].append(seconds(partial(forward_backward, model, batch)))
     median = {name: statistics.median(each) for name, each in times.items()}
     for name in batches:
         table.add_row(
@@ -129,6 +130,11 @@ def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """The loss sum of a micro-batch."""
     losses, loss_sum = make_forward_step()(iter([batch]), model)
     return loss_sum(losses)[0]
+
+
+def forward_backward(model: torch.nn.Module, batch: MicroBatch) -> None:
+    """Both passes of a micro-batch."""
+    forward(model, batch).backward()
 
 
 def saved_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:
@@ -160,8 +166,8 @@ def seconds(run: Callable[[], None]) -> float:
 def logits_table() -> Table:
     """Peak bytes of vocabulary projection and cross-entropy, forward and backward."""
     table = table_of(
-        "Projection to words and cross-entropy, forward + backward, hidden 64, fp32, half of the tokens supervised",
-        "tokens x words", "rows", "chunk", "logits of all tokens MiB", "peak MiB", "seconds",
+        "Output projection and cross-entropy, forward + backward, hidden 64, fp32, half of the tokens supervised",
+        "tokens x vocabulary", "rows", "chunk", "logits of all tokens MiB", "peak MiB", "seconds",
     )  # fmt: skip
     rows_of = {"all": lambda n: n, "supervised": lambda n: n // 2}
     for tokens, words, rows, chunk in (
@@ -202,7 +208,7 @@ def logits_peak(tokens: int, words: int, num_rows: int, chunk: int) -> tuple[int
 
 
 def peak_bytes(run: Callable[[], None]) -> tuple[int, float]:
-    """Highest sum of what torch's CPU allocator gave and took back while `run` ran, and its seconds."""
+    """Highest sum of what torch's CPU allocator handed out while `run` ran, and its seconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         wall = seconds(run)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -217,9 +223,9 @@ def peak_bytes(run: Callable[[], None]) -> tuple[int, float]:
 
 
 def bind_table() -> Table:
-    """Microseconds of making a micro-batch current and undoing it, by what its recompute policy asks for."""
+    """Microseconds of making a micro-batch current and undoing it, by what changes in its recompute policy."""
     table = table_of(
-        f"Binding a micro-batch, median of 10,000 on 32 layers (target < {BIND_TARGET:g} us)",
+        f"Binding a micro-batch, 32 layers, median of 10,000 (target < {BIND_TARGET:g} us)",
         "model", "policy", "flags", "us", "met",
     )  # fmt: skip
     for kind in SIZES:
@@ -234,7 +240,7 @@ def bind_table() -> Table:
                     full,
                     dataclasses.replace(plain, recompute=Recompute(granularity="full", num_layers=7)),
                 ),
-                "selective and full in turn": (every, full),
+                "selective and full alternating": (every, full),
             }.items():
                 times = []
                 for index in range(10_000):
@@ -256,7 +262,7 @@ def groups_table(folder: Path) -> Table:
     table = table_of("Process groups on 4 ranks, MoE, CP degrees 1, 2, 4 mixed in each step", "what", "per rank")
     table.add_row("CP communicators made at start-up", ", ".join(str(r["dp4"]["num_created"]) for r in ranks))
     table.add_row("dist.new_group calls in 10 steps", ", ".join(str(r["steps"]["calls"]) for r in ranks))
-    table.add_row("groups known to torch more than before", ", ".join(str(r["steps"]["known"]) for r in ranks))
+    table.add_row("further groups known to torch after them", ", ".join(str(r["steps"]["known"]) for r in ranks))
     return table
 
 

@@ -3,8 +3,8 @@
 Source: Wang et al., "FlexSP: Accelerating Large Language Model Training via Flexible Sequence Parallelism", arXiv
 2412.01523, from the paper's text. Solver: HiGHS through `highspy` (the paper: SCIP).
 
-1. Bucketing: lengths of a micro-batch become at most `num_buckets` values, by the dynamic program that rounds up
-   by the fewest tokens in all.
+1. Bucketing: lengths of a micro-batch become at most `num_buckets` values, by the dynamic program that minimises
+   the total of tokens by which lengths are rounded up.
 2. Chunking: a random global batch, sorted by length, is cut into M micro-batches of similar numbers of tokens; `trials`
    values of M are tried, from the least that memory allows, and the one of least total time wins.
 3. Program: binary m_g, whether group g of degree d_g is formed; integers a_qg, samples of bucket q in group g; minimise

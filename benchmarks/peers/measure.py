@@ -98,7 +98,7 @@ def eta_squared(plan: Plan) -> float:
 
 
 def wall_with_waits(plan: Plan, seconds: np.ndarray) -> float:
-    """Wall seconds where a pack starts when all of its ranks are free, and all ranks meet at the end of a step."""
+    """Wall seconds where a pack starts when its ranks are free, and all ranks synchronise at the end of a step."""
     total, step = 0.0, -1
     free = np.zeros(plan.num_ranks)
     rows = zip(plan.pack_step.tolist(), plan.pack_rank0.tolist(), plan.pack_cp.tolist(), seconds.tolist(), strict=True)
