@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hbp.families import MODELS, model_flags
+
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = ROOT / "scripts" / "slurm" / "train.sbatch"
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
+RUN_FLAGS = {"--bf16", "--use-distributed-optimizer"}
 
 STAND_INS = {
     "scontrol": "echo node7; echo node8",
@@ -113,15 +116,24 @@ def test_arguments_follow_two_dashes(job, arguments):
     assert (code, words) == (78, []) and "--" in said
 
 
-def test_recipes_hold_flags_that_megatron_knows():
+def source(recipe: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """Source a recipe with `python` and print its flags, one word per line."""
+    command = f'source {recipe} || exit $?; printf "%s\\n" "${{MODEL_FLAGS[@]}}"'
+    environment = os.environ | {"HBP_PYTHON": python}
+    return subprocess.run(
+        ["bash", "-c", command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_recipes_are_the_families_and_hold_flags_that_megatron_knows():
     """One process for all: its import of megatron.training takes seconds."""
     flags = {}
     for recipe in RECIPES:
-        command = f'source {recipe}; printf "%s\\n" "${{MODEL_FLAGS[@]}}"'
-        flags[recipe.name] = subprocess.run(
-            ["bash", "-c", command], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-    assert set(flags) == {"llama3.1-8b.sh", "deepseek-v2.sh"}
+        flags[recipe.stem] = source(recipe, sys.executable).stdout.splitlines()
+        model = model_flags(recipe.stem)
+        assert flags[recipe.stem][: len(model)] == model
+        assert set(flags[recipe.stem]) >= RUN_FLAGS
+    assert set(flags) == set(MODELS)
     parse = (
         "import argparse, sys; from megatron.training.arguments import add_megatron_arguments;"
         "parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=True); add_megatron_arguments(parser);"
@@ -129,3 +141,12 @@ def test_recipes_hold_flags_that_megatron_knows():
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", parse], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_without_the_package_says_so(recipe):
+    done = source(recipe, "/nowhere/python")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"recipes/{recipe.name}: /nowhere/python cannot run megatron_hbp; set HBP_PYTHON"
+    )
