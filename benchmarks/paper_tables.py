@@ -324,7 +324,7 @@ NOTES = """## Differences
   speed-ups, and all other rows, are.
 * **CR** stays below the paper's .173: fewer tokens of our generated lengths are in samples over 16K.
 * **Table 12** is not reproduced. Our FlexSP gives HiGHS 3 s per program, on about five steps: what it finds in that
-  time depends on the machine (3.9 GPU days on idle cores, 4.3 and 6.1 on busy ones); the paper's solver had 5 to 15 s.
+  time depends on the machine (3.9 GPU days on idle cores, 4.3 to 6.1 on busy ones); the paper's solver had 5 to 15 s.
   PR is relative to packing lengths and CR counts every token of a gang, so both are far from the paper's.
 * **Table 13, no packing.** We price only GEMMs, attention and a fixed time; a million micro-batches of a few hundred
   tokens cost more than that (host, loader, launches), and the paper's iterations seem to be wider (its DBR is .63).
