@@ -28,12 +28,13 @@ from megatron.core import parallel_state  # noqa: E402
 
 from megatron_hbp.model import blocks, kernels, split  # noqa: E402
 from megatron_hbp.model.attention import EXCHANGES  # noqa: E402
-from megatron_hbp.model.exchange import ring  # noqa: E402
+from megatron_hbp.model.exchange import p2p  # noqa: E402
 from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.planning.core.exchanges import AttentionShape, elements  # noqa: E402
+from megatron_hbp.planning.core.slices import padded_length  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
-from megatron_hbp.training.batch import padded_length, slice_of_pack  # noqa: E402
+from megatron_hbp.training.batch import slice_of_pack  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore  # noqa: E402
 from tests.equivalence.stepping import Stepper  # noqa: E402
@@ -104,7 +105,7 @@ def attend(
     exchange: str, lengths: list[int], shape: tuple[int, int, int, int], group: dist.ProcessGroup, *,
     zigzag: bool, all_shared: bool = True, dtype: torch.dtype = torch.float64,
 ) -> Attended:  # fmt: skip
-    """The exchange of one pack in `group`; without `all_shared` short samples stay at home as in training.
+    """The exchange of one pack in `group`; without `all_shared` short samples stay local as in training.
 
     Whatever the `dtype`, the yardstick works in fp64, on the same numbers.
     """
@@ -112,7 +113,7 @@ def attend(
     length = padded_length(sum(lengths), cp_degree=c, unit=1 + zigzag)
     ones = [(np.ones(n, np.int64), np.ones(n, np.int64)) for n in lengths]
     cu_seqlens = slice_of_pack(ones, padded_length=length, cp_degree=c, cp_rank=0, zigzag=zigzag).cu_seqlens
-    nobody = mock.patch.object(split, "_stay_home", lambda starts, *_: np.zeros(len(starts) - 1, bool))
+    nobody = mock.patch.object(split, "stays_local", lambda starts, *_: np.zeros(len(starts) - 1, bool))
     with nobody if all_shared else contextlib.nullcontext():
         shared = split.split_pack(
             cu_seqlens, num_tokens=sum(lengths), cp_degree=c, cp_rank=here, zigzag=zigzag, device=CPU
@@ -249,13 +250,13 @@ def model() -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
 def _skipped_step() -> Iterator[None]:
     """The keys of the last rank of the ring are not looked at."""
 
-    def without_last(shared: split.Shared, rank: int) -> list[ring.Block]:
+    def without_last(shared: split.Shared, rank: int) -> list[p2p.Block]:
         rows = [i for a, b in shared.ranges_of[rank] for i in range(a, b)]
         mine = [i for piece in shared.ranges for i in range(piece.start, piece.end)]
         return [] if rank == 0 and rows != mine else visible(shared, rank)
 
-    visible = ring.visible
-    with mock.patch.object(ring, "visible", without_last):
+    visible = p2p.visible
+    with mock.patch.object(p2p, "visible", without_last):
         yield
 
 
@@ -275,16 +276,16 @@ def _wrong_merge() -> Iterator[None]:
 def _wrong_owner() -> Iterator[None]:
     """Gradients of keys and values travel one rank too far."""
 
-    def too_far(returning: ring.ReturningGradients) -> torch.Tensor:
-        total = home(returning)
-        others = ring.Hop(total, returning.sizes[returning.here - 1], returning.group).wait()
+    def too_far(returning: p2p.ReturningGradients) -> torch.Tensor:
+        total = arrived(returning)
+        others = p2p.Hop(total, returning.sizes[returning.here - 1], returning.group).wait()
         shifted = torch.zeros_like(total)
         both = min(len(total), len(others))
         shifted[:both] = others[:both]
         return shifted
 
-    home: Callable[[ring.ReturningGradients], torch.Tensor] = ring.ReturningGradients.home
-    with mock.patch.object(ring.ReturningGradients, "home", too_far):
+    arrived: Callable[[p2p.ReturningGradients], torch.Tensor] = p2p.ReturningGradients.arrived
+    with mock.patch.object(p2p.ReturningGradients, "arrived", too_far):
         yield
 
 
