@@ -1,4 +1,4 @@
-"""The console command `hbp`: one sub-command a file in `commands/`, and one place where errors become exit codes."""
+"""The console command `hbp`: one file in `commands/` per sub-command, and one place where errors become exit codes."""
 
 import sys
 from typing import Any
@@ -29,9 +29,11 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except UsageError as error:
-        told, command = error.format_message(), error.ctx.command_path if error.ctx else "hbp"
-        # nothing was asked for, and the message is the help
-        print(told if "\n" in told else f"hbp: {told.rstrip('.')}; see `{command} --help`", file=sys.stderr)
+        message, command = error.format_message(), error.ctx.command_path if error.ctx else "hbp"
+        if "\n" in message:  # no arguments, and no rich: the message is the help
+            print(message, file=sys.stderr)
+        elif message:  # empty where rich has printed the help already
+            print(f"hbp: {message.rstrip('.')}; see `{command} --help`", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
     except HbpError as error:
         print(f"hbp: {error}", file=sys.stderr)
