@@ -32,7 +32,7 @@ def prepare(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from megatron_hbp.data.chats import input_bytes
+    from megatron_hbp.data.jsonl import input_bytes
     from megatron_hbp.data.prepare import prepare_store
     from megatron_hbp.data.tokenizer import ChatTokenizer
 

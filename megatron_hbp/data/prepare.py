@@ -1,6 +1,6 @@
 """Chat files to token store, in one pass and in bounded memory.
 
-ChatFile -> Line -> Chat -> RenderedChat -> (batches of about a million characters) -> Sample -> StoreWriter
+JsonlFile -> Line -> Record -> Chat -> RenderedChat -> (batches of about a million characters) -> Sample -> StoreWriter
 """
 
 from collections import Counter
@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_hbp.data.chats import BadChat, ChatFile, Fault, input_bytes, parse_chat
+from megatron_hbp.data.chats import BadChat, Fault
+from megatron_hbp.data.formats import read_chat
+from megatron_hbp.data.jsonl import JsonlFile, decode, input_bytes
 from megatron_hbp.data.manifest import SourceInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.tokenizer import ChatTokenizer, RenderedChat, Sample
@@ -75,7 +77,7 @@ def _add_file(
     max_length: int | None,
     on_progress: Callable[[int], None],
 ) -> SourceInfo:
-    file = ChatFile(path=path)
+    file = JsonlFile(path=path)
     num_samples = reported = 0
     for batch in _batches(_rendered(file, tokenizer, skips)):
         for sample in tokenizer.encode(batch):
@@ -97,10 +99,10 @@ def _add_file(
     )
 
 
-def _rendered(file: ChatFile, tokenizer: ChatTokenizer, skips: Skips) -> Iterator[RenderedChat]:
+def _rendered(file: JsonlFile, tokenizer: ChatTokenizer, skips: Skips) -> Iterator[RenderedChat]:
     for line in file:
         try:
-            rendered = tokenizer.render(parse_chat(line))
+            rendered = tokenizer.render(read_chat(decode(line), line.where))
         except BadChat as bad:
             skips.add(bad)
         else:

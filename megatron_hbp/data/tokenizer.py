@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hbp.data.chats import BadChat, Chat, Fault
+from megatron_hbp.data.chats import BadChat, Chat, Fault, Record
 from megatron_hbp.data.manifest import TokenizerInfo
 from megatron_hbp.errors import ConfigError
 
@@ -148,7 +148,7 @@ def _check_text(text: str, where: str) -> None:
         raise BadChat(where, Fault.UTF8, detail) from error
 
 
-def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(message: Record) -> Record:
     """Drop keys that are null: templates test for a key's presence and would write the word None."""
     return {key: value for key, value in message.items() if value is not None}
 

@@ -1,6 +1,7 @@
 """`hbp prepare` as a user meets it: exit codes, file:line, counts, and no store after a failure."""
 
 import errno
+import os
 import resource
 import subprocess
 import sys
@@ -211,10 +212,12 @@ def test_progress_adds_up_to_the_bytes_of_all_inputs(tokenizer, tmp_path, monkey
 
 def test_the_process_itself_ends_without_a_traceback(tokenizer_folder, tmp_path):
     (tmp_path / "chats.jsonl").write_bytes(GOOD + BAD_LINES["bad UTF-8"])
-    command = [sys.executable, "-m", "megatron_hbp.cli", "prepare", "--input", "chats.jsonl", "--out", "store"]
-    done = subprocess.run(
-        [*command, "--tokenizer", str(tokenizer_folder)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = [
+        sys.executable, "-m", "megatron_hbp.cli", "prepare", "--input", "chats.jsonl", "--out", "store",
+        "--tokenizer", str(tokenizer_folder),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}  # this checkout, not the installed one
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 65
     assert done.stderr.startswith("hbp: chats.jsonl:2: bad UTF-8: byte ")
     assert done.stderr.count("\n") == 1

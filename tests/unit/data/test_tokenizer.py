@@ -1,5 +1,6 @@
 """The loss mask, token by token."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hbp.data.chats import BadChat, Chat, Fault
+from megatron_hbp.data.chats import BadChat, Chat, Fault, Record
 from megatron_hbp.data.tokenizer import ChatTokenizer, Sample
 from megatron_hbp.errors import ConfigError
 from tests.unit.data.conftest import turns
 
 
-def encode(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Sample:
+def encode(tokenizer: ChatTokenizer, messages: Sequence[Record]) -> Sample:
     return next(tokenizer.encode([tokenizer.render(Chat(where="here:1", messages=messages))]))
 
 
@@ -63,7 +64,7 @@ def test_an_emoji_before_the_end_of_the_generated_text_keeps_all_its_tokens(toke
 
 
 def test_tool_turns_and_calls_carry_no_loss(tokenizer):
-    messages = [
+    messages: list[Record] = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Paris."},
         {"role": "tool", "content": "France", "tool_call_id": None},
