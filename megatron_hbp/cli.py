@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from megatron_hbp.commands import plan, prepare, profile, simulate
+from megatron_hbp.commands import plan, prepare, profile, simulate, store
 from megatron_hbp.errors import ConfigError, HbpError
 
 UsageError: Any = typer.BadParameter.__base__
@@ -19,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prepare")(prepare.prepare)
+app.add_typer(store.app, name="store")
 app.add_typer(plan.app, name="plan")
 app.command("profile", context_settings={"allow_extra_args": True})(profile.profile)
 app.command("simulate")(simulate.simulate_plan)

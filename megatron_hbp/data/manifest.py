@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ BULK_FILES = (f"{TOKENS_PREFIX}.bin", f"{LOSS_MASK_PREFIX}.bin")
 INDEX_FILES = (f"{TOKENS_PREFIX}.idx", f"{LOSS_MASK_PREFIX}.idx", LENGTHS_FILE, LOSS_TOKENS_FILE)
 """Some 60 bytes a sample in all: hashed at every open, for one wrong pointer silently trains on other text."""
 
+BLOCK_BYTES = 1 << 20
+"""Bytes hashed at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:
@@ -29,10 +32,16 @@ class FileInfo:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> "FileInfo":
-        """Measure a file; raises OSError."""
+    def of(cls, path: Path, *, on_progress: Callable[[int], None] = lambda bytes_read: None) -> "FileInfo":
+        """Measure a file; `on_progress` gets the number of bytes read since its last call. Raises OSError."""
+        digest = hashlib.sha256()
+        bytes_read = 0
         with path.open("rb") as stream:
-            return cls(bytes=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+            while block := stream.read(BLOCK_BYTES):
+                digest.update(block)
+                bytes_read += len(block)
+                on_progress(len(block))
+        return cls(bytes=bytes_read, sha256=digest.hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)

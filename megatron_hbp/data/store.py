@@ -11,6 +11,7 @@ feeds the model shifts it.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,10 +113,18 @@ class TokenStore:
                 os.close(file)
         return asked
 
-    def verify(self) -> None:
-        """Hash the bulk files too (about 1 GB/s); raises DataError for the first that has changed."""
+    @property
+    def bulk_bytes(self) -> int:
+        """Bytes that `verify` reads."""
+        return sum(self.manifest.files[name].bytes for name in BULK_FILES)
+
+    def verify(self, *, on_progress: Callable[[int], None] = lambda bytes_read: None) -> None:
+        """Hash the bulk files, which `open` does not (about 1 GB/s); raises DataError for the first that has changed.
+
+        `on_progress` gets the number of bytes read since its last call.
+        """
         for name in BULK_FILES:
-            _check_hash(self.path / name, self.manifest.files[name])
+            _check_hash(self.path / name, self.manifest.files[name], on_progress=on_progress)
 
     @cached_property
     def _tokens(self) -> Any:
@@ -158,9 +167,9 @@ def _check_files(path: Path, manifest: Manifest) -> None:
         raise _damaged(path / MANIFEST_FILE, "the fingerprint does not fit the hashes of the files")
 
 
-def _check_hash(path: Path, stated: FileInfo) -> None:
+def _check_hash(path: Path, stated: FileInfo, *, on_progress: Callable[[int], None] = lambda bytes_read: None) -> None:
     try:
-        found = FileInfo.of(path)
+        found = FileInfo.of(path, on_progress=on_progress)
     except OSError as error:
         raise _damaged(path, f"cannot be read: {error.strerror}") from error
     if found != stated:

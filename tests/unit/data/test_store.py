@@ -125,6 +125,29 @@ def test_one_flipped_bit_is_found(copy, name):
         content[position] ^= 1
 
 
+def test_the_verify_command_reads_every_byte_once(copy, hbp, monkeypatch):
+    bytes_read: list[int] = []
+    monkeypatch.setattr("megatron_hbp.data.manifest.BLOCK_BYTES", 100)
+    TokenStore.open(copy).verify(on_progress=bytes_read.append)
+    assert (
+        sum(bytes_read) == TokenStore.open(copy).bulk_bytes == sum((copy / name).stat().st_size for name in BULK_FILES)
+    )
+    assert len(bytes_read) > len(BULK_FILES) and max(bytes_read) == 100
+    ended = hbp("store", "verify", copy)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith(f"{copy}: 3 samples, all files as written")
+
+
+@pytest.mark.parametrize("name", [*BULK_FILES, *INDEX_FILES])
+def test_the_verify_command_names_the_damaged_file(copy, hbp, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    ended = hbp("store", "verify", copy)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (65, "", 1)
+    assert ended.err.startswith(f"hbp: {copy / name}: token store damaged: SHA-256 is ")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_samples", 4), ("num_tokens", 1), ("num_loss_tokens", 1), ("fingerprint", "0" * 64), ("format_version", 2),
