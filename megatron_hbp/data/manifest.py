@@ -1,4 +1,16 @@
-"""What a token store says about itself: `manifest.json`, the names of its files and their hashes."""
+"""What a token store records about itself: `manifest.json`, the names of its files and their hashes.
+
+Versions: `format_version` numbers the layout of a store, that is the names, dtypes and meaning of its files and the
+fields of the manifest. A change to any of them raises FORMAT_VERSION by one. A release reads its own version only:
+
+* An older store is migrated if its tokens, loss masks and lengths remain valid: the change that raises FORMAT_VERSION
+  then makes `Manifest.read` convert the older fields in memory. The files on disk stay as they are, and so does the
+  fingerprint by which plans and checkpoints name their data. Any other older store is refused: `hbp prepare` must make
+  it again.
+* A newer store is refused: it requires a newer megatron_hbp.
+
+A refusal is a DataError of one line that says how to go on. Version 1 is the first, so there is nothing to migrate yet.
+"""
 
 import hashlib
 import json
@@ -92,12 +104,10 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Read `manifest.json`; raises DataError when it is missing, damaged, or of another format."""
+        """Read `manifest.json`; raises DataError when it is missing, damaged, or of another version."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            version = fields["format_version"]
-            if version != FORMAT_VERSION:
-                raise DataError(f"{path}: format {version}, this hbp reads {FORMAT_VERSION}; run `hbp prepare` again")
+            _check_version(fields["format_version"], path)
             return cls(
                 **fields
                 | {
@@ -108,10 +118,20 @@ class Manifest:
             )
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be read: {error.strerror}; wanted: a token store made by `hbp prepare`"
+                f"{path}: cannot be read: {error.strerror}; a token store made by `hbp prepare` is required"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged: {error}; run `hbp prepare` again") from error
+
+
+def _check_version(version: int, path: Path) -> None:
+    if version == FORMAT_VERSION:
+        return
+    update = "update megatron_hbp, or " if version > FORMAT_VERSION else ""
+    raise DataError(
+        f"{path}: token store of format {version}, but this megatron_hbp reads format {FORMAT_VERSION}; "
+        f"{update}run `hbp prepare` again"
+    )
 
 
 def fingerprint(files: Mapping[str, FileInfo]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_hbp.data import store as store_module
-from megatron_hbp.data.manifest import BULK_FILES, INDEX_FILES, MANIFEST_FILE
+from megatron_hbp.data.manifest import BULK_FILES, FORMAT_VERSION, INDEX_FILES, MANIFEST_FILE
 from megatron_hbp.data.prepare import prepare_store
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.tokenizer import ChatTokenizer
@@ -150,14 +150,49 @@ def test_the_verify_command_names_the_damaged_file(copy, hbp, name):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_samples", 4), ("num_tokens", 1), ("num_loss_tokens", 1), ("fingerprint", "0" * 64), ("format_version", 2),
-     ("files", {}), ("tokenizer", None), ("sources", 7)],
+    [("num_samples", 4), ("num_tokens", 1), ("num_loss_tokens", 1), ("fingerprint", "0" * 64),
+     ("format_version", "one"), ("files", {}), ("tokenizer", None), ("sources", 7)],
 )  # fmt: skip
 def test_a_manifest_that_does_not_fit_is_refused(copy, field, value):
     manifest = json.loads((copy / MANIFEST_FILE).read_text())
     (copy / MANIFEST_FILE).write_text(json.dumps(manifest | {field: value}))
     with pytest.raises(DataError, match=rf"/{MANIFEST_FILE}: "):
         TokenStore.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("store_version", "release_version", "advice"),
+    [(1, 2, "; run `hbp prepare` again"), (2, 1, "; update megatron_hbp, or run `hbp prepare` again")],
+    ids=["older store", "newer store"],
+)
+def test_a_store_of_another_version_is_refused_in_one_line(
+    copy, hbp, monkeypatch, store_version, release_version, advice
+):
+    """Also when nothing else of its manifest is understood."""
+    (copy / MANIFEST_FILE).write_text(json.dumps({"format_version": store_version, "unknown": 7}))
+    monkeypatch.setattr("megatron_hbp.data.manifest.FORMAT_VERSION", release_version)
+    ended = hbp("store", "verify", copy)
+    assert (ended.code, ended.err.count("\n")) == (65, 1)
+    assert f"format {store_version}, but this megatron_hbp reads format {release_version}{advice}" in ended.err
+
+
+def test_version_1_is_this_layout(original):
+    """Whoever changes the layout raises FORMAT_VERSION, by the rule in manifest.py, and then this test."""
+    manifest = json.loads((original / MANIFEST_FILE).read_text())
+    assert manifest["format_version"] == FORMAT_VERSION == 1
+    assert set(manifest) == {
+        "files", "fingerprint", "format_version", "max_length", "num_loss_tokens", "num_samples", "num_tokens",
+        "sources", "tokenizer",
+    }  # fmt: skip
+    tokenizer_fields = {"chat_template_sha256", "eos_id", "name", "pad_id", "sha256", "vocab_size"}
+    assert set(manifest["tokenizer"]) == tokenizer_fields
+    assert set(manifest["sources"][0]) == {"bytes", "num_lines", "num_samples", "path", "sha256", "skipped"}
+    files = {"tokens.bin", "tokens.idx", "loss_mask.bin", "loss_mask.idx", "lengths.npy", "loss_tokens.npy"}
+    assert set(manifest["files"]) == files == {path.name for path in original.iterdir()} - {MANIFEST_FILE}
+    num_tokens = manifest["num_tokens"]
+    assert np.fromfile(original / "tokens.bin", np.int32).size == num_tokens
+    assert np.fromfile(original / "loss_mask.bin", np.uint8).size == num_tokens
+    assert np.load(original / "lengths.npy").dtype == np.load(original / "loss_tokens.npy").dtype == np.int64
 
 
 def test_what_is_not_a_store(tmp_path):
