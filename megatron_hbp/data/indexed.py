@@ -5,10 +5,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 
-def open_builder(folder: Path, prefix: str, dtype: type) -> Any:
+def open_builder(folder: Path, prefix: str, dtype: type[np.number]) -> "IndexedDatasetBuilder":
     """Start the data set `folder/prefix.bin`; raises OSError."""
     with _quiet():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -16,7 +21,7 @@ def open_builder(folder: Path, prefix: str, dtype: type) -> Any:
         return IndexedDatasetBuilder(str(folder / f"{prefix}.bin"), dtype=dtype)
 
 
-def open_reader(folder: Path, prefix: str) -> Any:
+def open_reader(folder: Path, prefix: str) -> "IndexedDataset":
     """Map the data set `folder/prefix.bin` with its index."""
     with _quiet():
         from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_hbp.data.indexed import open_reader
 from megatron_hbp.data.manifest import (
@@ -34,6 +35,9 @@ from megatron_hbp.data.manifest import (
 )
 from megatron_hbp.errors import DataError
 
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
 READ_GAP = 128 * 1024
 """Bytes between two samples that are read rather than skipped: what Linux reads ahead anyway."""
 
@@ -44,9 +48,9 @@ class TokenStore:
 
     path: Path
     manifest: Manifest = field(repr=False)
-    lengths: np.ndarray = field(repr=False)
+    lengths: NDArray[np.int64] = field(repr=False)
     """int64 [num_samples]"""
-    loss_tokens: np.ndarray = field(repr=False)
+    loss_tokens: NDArray[np.int64] = field(repr=False)
     """int64 [num_samples], ones in each sample's loss mask"""
 
     @classmethod
@@ -79,20 +83,20 @@ class TokenStore:
         """SHA-256 hex over the store's tokens, masks and lengths."""
         return self.manifest.fingerprint
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Travel to another process without the mapped files: it maps them itself."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_tokens", "_masks")}
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Return (tokens int64 [n], loss mask uint8 [n]) of one sample, both copies; raises IndexError."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples} in {self.path}")
         return self._tokens[index].astype(np.int64), self._masks[index].copy()
 
-    def will_need(self, indices: np.ndarray) -> int:
+    def will_need(self, indices: NDArray[np.integer]) -> int:
         """Ask the system to read samples `indices` int [n] into memory soon, in the order of the files, and go on.
 
         Returns the bytes asked for, gaps between samples that are read with them included; 0 where the system cannot
@@ -127,11 +131,11 @@ class TokenStore:
             _check_hash(self.path / name, self.manifest.files[name], on_progress=on_progress)
 
     @cached_property
-    def _tokens(self) -> Any:
+    def _tokens(self) -> "IndexedDataset":
         return open_reader(self.path, TOKENS_PREFIX)
 
     @cached_property
-    def _masks(self) -> Any:
+    def _masks(self) -> "IndexedDataset":
         return open_reader(self.path, LOSS_MASK_PREFIX)
 
     def _check_counts(self) -> None:
@@ -142,7 +146,7 @@ class TokenStore:
             raise _damaged(self.path / MANIFEST_FILE, f"counts {stated} do not fit the data, which has {found}")
 
 
-def _joined(starts: np.ndarray, ends: np.ndarray) -> list[tuple[int, int]]:
+def _joined(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Spans [starts, ends) in order, those with less than READ_GAP bytes between them as one."""
     order = np.argsort(starts)
     starts, ends = starts[order], np.maximum.accumulate(ends[order])
@@ -176,9 +180,9 @@ def _check_hash(path: Path, stated: FileInfo, *, on_progress: Callable[[int], No
         raise _damaged(path, f"SHA-256 is {found.sha256[:12]}..., the manifest says {stated.sha256[:12]}...")
 
 
-def _load(path: Path) -> np.ndarray:
+def _load(path: Path) -> NDArray[np.int64]:
     try:
-        values = np.load(path, allow_pickle=False)
+        values: NDArray[np.int64] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(path, str(error)) from error
     if values.dtype != np.int64 or values.ndim != 1:

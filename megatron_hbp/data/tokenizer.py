@@ -14,13 +14,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_hbp.data.chats import BadChat, Chat, Fault, Record
 from megatron_hbp.data.manifest import TokenizerInfo
 from megatron_hbp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 TOKENIZER_FILES = (
@@ -48,15 +52,15 @@ class Sample:
     """One chat in tokens. `tokens`: int32 [n]; `loss_mask`: uint8 [n], 1 where the token is one to be predicted."""
 
     where: str
-    tokens: np.ndarray
-    loss_mask: np.ndarray
+    tokens: NDArray[np.int32]
+    loss_mask: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChatTokenizer:
     """A fast Hugging Face tokenizer together with one chat template that marks what the assistant generates."""
 
-    backend: Any
+    backend: "PreTrainedTokenizerFast"
     template: str
     info: TokenizerInfo
 
@@ -123,7 +127,9 @@ class ChatTokenizer:
             )
 
 
-def _loss_mask(offsets: np.ndarray, generated: Sequence[tuple[int, int]], *, num_characters: int) -> np.ndarray:
+def _loss_mask(
+    offsets: NDArray[np.int64], generated: Sequence[tuple[int, int]], *, num_characters: int
+) -> NDArray[np.uint8]:
     """Mark the tokens that hold a generated character: uint8 [n] from offsets [n, 2] in characters, half-open.
 
     The first token of a sample has nothing before it to be predicted from, so it is never marked.
@@ -132,7 +138,7 @@ def _loss_mask(offsets: np.ndarray, generated: Sequence[tuple[int, int]], *, num
     for start, stop in generated:
         is_generated[start:stop] = 1
     generated_before = np.concatenate(([0], np.cumsum(is_generated)))
-    mask = (generated_before[offsets[:, 1]] > generated_before[offsets[:, 0]]).astype(np.uint8)
+    mask: NDArray[np.uint8] = (generated_before[offsets[:, 1]] > generated_before[offsets[:, 0]]).astype(np.uint8)
     mask[:1] = 0
     return mask
 
@@ -153,7 +159,7 @@ def _without_nulls(message: Record) -> Record:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def _load_backend(name: str) -> Any:
+def _load_backend(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     _refuse_misspelt_path(name)
@@ -179,11 +185,12 @@ def _refuse_misspelt_path(name: str) -> None:
         raise ConfigError(f"--tokenizer {name}: no such directory")
 
 
-def _own_template(backend: Any, name: str) -> str:
+def _own_template(backend: "PreTrainedTokenizerFast", name: str) -> str:
     try:
-        return backend.get_chat_template()
+        template: str = backend.get_chat_template()
     except ValueError as error:
         raise ConfigError(f"tokenizer {name} has no chat template; pass one with --chat-template FILE") from error
+    return template
 
 
 def _read_template(path: Path) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_hbp.data.indexed import open_builder
 from megatron_hbp.data.manifest import (
@@ -28,6 +29,9 @@ from megatron_hbp.data.manifest import (
 )
 from megatron_hbp.errors import ConfigError, DiskError
 
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
 
 class StoreWriter:
     """A context that collects samples in a hidden directory beside `out` and renames it to `out` in `finish`.
@@ -40,7 +44,7 @@ class StoreWriter:
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
         self.out = out
         self._partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-        self._builders: dict[str, Any] = {}
+        self._builders: dict[str, IndexedDatasetBuilder] = {}
         self._lengths = array("q")
         self._loss_tokens = array("q")
         self._refuse_existing(overwrite)
@@ -60,7 +64,7 @@ class StoreWriter:
         """Remove what was not finished."""
         self._discard()
 
-    def add(self, tokens: np.ndarray, loss_mask: np.ndarray) -> None:
+    def add(self, tokens: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -> None:
         """Append one sample: tokens int32 [n] and loss mask uint8 [n], n > 0."""
         import torch
 

@@ -18,11 +18,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_hbp.data.chats import Chat
 from megatron_hbp.data.tokenizer import ChatTokenizer
 from megatron_hbp.errors import ConfigError, DiskError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
@@ -243,7 +246,7 @@ def _take(pool: list[Text], budget: int) -> list[Text]:
     return taken
 
 
-def _train_tokenizer(texts: Sequence[Text], vocab_size: int) -> Any:
+def _train_tokenizer(texts: Sequence[Text], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Byte-level BPE learnt from the messages, as a Hugging Face tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

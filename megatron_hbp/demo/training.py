@@ -79,7 +79,7 @@ def train(name: str, flags: list[str], *, out: Path, num_ranks: int, num_steps: 
     return run
 
 
-def _lines(path: Path, process: subprocess.Popen) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
     """The JSON lines of a file that a process is still writing, as they come."""
     position, rest = 0, ""
     while True:
