@@ -41,7 +41,7 @@ def prepare(
     terminal = Console(stderr=True)
     with terminal.status(f"loading tokenizer {tokenizer}"):
         chat_tokenizer = ChatTokenizer.load(tokenizer, template_file=chat_template)
-    with byte_progress("tokenizing", total, terminal) as advance:
+    with byte_progress("tokenising", total, terminal) as advance:
         store = prepare_store(
             inputs=inputs,
             tokenizer=chat_tokenizer,

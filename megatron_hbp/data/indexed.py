@@ -1,4 +1,7 @@
-"""Megatron's IndexedDataset, imported late and quietly: 5 s of CPU that `hbp --help` and `hbp plan` do without."""
+"""Megatron-LM's IndexedDataset, imported on first use and without its warnings.
+
+The import takes 5 s of CPU time, which `hbp --help` and `hbp plan` do not need.
+"""
 
 import logging
 import warnings
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def open_builder(folder: Path, prefix: str, dtype: type[np.number]) -> "IndexedDatasetBuilder":
-    """Start the data set `folder/prefix.bin`; raises OSError."""
+    """Create the data set `folder/prefix.bin`; raises OSError."""
     with _quiet():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -22,7 +25,7 @@ def open_builder(folder: Path, prefix: str, dtype: type[np.number]) -> "IndexedD
 
 
 def open_reader(folder: Path, prefix: str) -> "IndexedDataset":
-    """Map the data set `folder/prefix.bin` with its index."""
+    """Map the data set `folder/prefix.bin` and its index into memory."""
     with _quiet():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -31,7 +34,7 @@ def open_reader(folder: Path, prefix: str) -> "IndexedDataset":
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence remarks on packages that only GPUs need, and on a rank that only training has."""
+    """Silence warnings about packages that only GPUs require, and about a rank that exists in training only."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -28,9 +28,9 @@ TOKENS_PREFIX = "tokens"
 LOSS_MASK_PREFIX = "loss_mask"
 
 BULK_FILES = (f"{TOKENS_PREFIX}.bin", f"{LOSS_MASK_PREFIX}.bin")
-"""As large as the data: their sizes are checked at every open, their hashes by `TokenStore.verify`."""
+"""As large as the data: `TokenStore.open` checks their sizes, `TokenStore.verify` their hashes."""
 INDEX_FILES = (f"{TOKENS_PREFIX}.idx", f"{LOSS_MASK_PREFIX}.idx", LENGTHS_FILE, LOSS_TOKENS_FILE)
-"""Some 60 bytes a sample in all: hashed at every open, for one wrong pointer silently trains on other text."""
+"""About 60 bytes per sample in total, hashed at every open: one wrong pointer would silently train on other text."""
 
 BLOCK_BYTES = 1 << 20
 """Bytes hashed at a time."""
@@ -58,22 +58,22 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerInfo:
-    """Which tokenizer and template made the tokens."""
+    """The tokenizer and the chat template that made the tokens."""
 
     name: str
     """As given on the command line: a directory or a hub name."""
     sha256: str
-    """Over the tokenizer's files, so that the same tokenizer at another path is the same."""
+    """Over the tokenizer's files: it is the same for the same tokenizer at another path."""
     chat_template_sha256: str
     vocab_size: int
-    """Entries with added tokens; every id is below it."""
+    """Entries, including added tokens; every token ID is below it."""
     eos_id: int | None
     pad_id: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceInfo:
-    """One input file: what it held and what was left out."""
+    """One input file: what it contained and what was skipped."""
 
     path: str
     sha256: str
@@ -86,7 +86,7 @@ class SourceInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The identity of a store. `fingerprint` is what plans and checkpoints name their data by."""
+    """The identity of a store. Plans and checkpoints name their data by `fingerprint`."""
 
     num_samples: int
     num_tokens: int
@@ -135,6 +135,6 @@ def _check_version(version: int, path: Path) -> None:
 
 
 def fingerprint(files: Mapping[str, FileInfo]) -> str:
-    """SHA-256 hex over the hashes of the tokens, the loss mask and the lengths: the content, not its paths or dates."""
+    """SHA-256 hex over the hashes of tokens, loss mask and lengths: it depends on content, not on paths or dates."""
     content = (*BULK_FILES, LENGTHS_FILE)
     return hashlib.sha256("".join(f"{name} {files[name].sha256}\n" for name in content).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Reading a token store: samples of tokens and loss mask, mapped from disk.
+"""Reading a token store: tokens and loss mask of every sample, memory-mapped from disk.
 
     STORE/tokens.bin, .idx      Megatron IndexedDataset, int32
     STORE/loss_mask.bin, .idx   Megatron IndexedDataset, uint8
@@ -6,8 +6,8 @@
     STORE/loss_tokens.npy       int64 [num_samples], ones in each sample's loss mask
     STORE/manifest.json         counts, tokenizer, sources, sizes and hashes, fingerprint
 
-The mask marks the *targets*: `loss_mask[i] == 1` says that token i is to be predicted (from those before it). Whoever
-feeds the model shifts it.
+The mask marks the *targets*: `loss_mask[i] == 1` means that token i is to be predicted from the tokens before
+it. The code that feeds the model shifts the mask.
 """
 
 import os
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 READ_GAP = 128 * 1024
-"""Bytes between two samples that are read rather than skipped: what Linux reads ahead anyway."""
+"""The largest gap in bytes between two samples that is read rather than skipped: Linux reads as much ahead anyway."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenStore:
-    """An opened store. Lengths and counts are in memory; samples are read on demand, and may be by many processes."""
+    """An opened store. Lengths and counts are in memory; samples are read on demand, by any number of processes."""
 
     path: Path
     manifest: Manifest = field(repr=False)
@@ -57,7 +57,7 @@ class TokenStore:
     def open(cls, path: Path | str) -> "TokenStore":
         """Open a store and check it against its manifest: every size, and the hashes of all but the bulk files.
 
-        Raises DataError that names the file when one is missing, cut short or damaged.
+        Raises DataError that names the file when one is missing, truncated or damaged.
         """
         path = Path(path)
         if not path.is_dir():
@@ -84,27 +84,27 @@ class TokenStore:
         return self.manifest.fingerprint
 
     def __getstate__(self) -> dict[str, object]:
-        """Travel to another process without the mapped files: it maps them itself."""
+        """Leave the mapped files out of a pickle: the process that loads it maps them itself."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_tokens", "_masks")}
 
     def __len__(self) -> int:
         return self.num_samples
 
     def sample(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """Return (tokens int64 [n], loss mask uint8 [n]) of one sample, both copies; raises IndexError."""
+        """Return (tokens int64 [n], loss mask uint8 [n]) of one sample, both as copies; raises IndexError."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples} in {self.path}")
         return self._tokens[index].astype(np.int64), self._masks[index].copy()
 
     def will_need(self, indices: NDArray[np.integer]) -> int:
-        """Ask the system to read samples `indices` int [n] into memory soon, in the order of the files, and go on.
+        """Request that the system read samples `indices` int [n] ahead, in file order, without waiting for it.
 
-        Returns the bytes asked for, gaps between samples that are read with them included; 0 where the system cannot
-        be asked.
+        Returns the number of bytes requested, including the gaps that are read with the samples; 0 where the system
+        has no such request.
         """
         if not hasattr(os, "posix_fadvise"):
             return 0
-        asked = 0
+        requested = 0
         for name, reader in ((TOKENS_PREFIX, self._tokens), (LOSS_MASK_PREFIX, self._masks)):
             starts = reader.index.sequence_pointers[indices]
             ends = starts + reader.index.sequence_lengths[indices].astype(np.int64) * reader.index.dtype_size
@@ -112,10 +112,10 @@ class TokenStore:
             try:
                 for start, end in _joined(starts, ends):
                     os.posix_fadvise(file, start, end - start, os.POSIX_FADV_WILLNEED)
-                    asked += end - start
+                    requested += end - start
             finally:
                 os.close(file)
-        return asked
+        return requested
 
     @property
     def bulk_bytes(self) -> int:
@@ -143,11 +143,11 @@ class TokenStore:
         manifest = self.manifest
         stated = (manifest.num_samples, manifest.num_tokens, manifest.num_samples, manifest.num_loss_tokens)
         if found != stated:
-            raise _damaged(self.path / MANIFEST_FILE, f"counts {stated} do not fit the data, which has {found}")
+            raise _damaged(self.path / MANIFEST_FILE, f"counts {stated} do not match the data, which has {found}")
 
 
 def _joined(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Spans [starts, ends) in order, those with less than READ_GAP bytes between them as one."""
+    """Sort spans [starts, ends), and join those with at most READ_GAP bytes between them."""
     order = np.argsort(starts)
     starts, ends = starts[order], np.maximum.accumulate(ends[order])
     first = np.flatnonzero(np.concatenate(([True], starts[1:] - ends[:-1] > READ_GAP)))
@@ -168,7 +168,7 @@ def _check_files(path: Path, manifest: Manifest) -> None:
     for name in INDEX_FILES:
         _check_hash(path / name, manifest.files[name])
     if fingerprint(manifest.files) != manifest.fingerprint:
-        raise _damaged(path / MANIFEST_FILE, "the fingerprint does not fit the hashes of the files")
+        raise _damaged(path / MANIFEST_FILE, "the fingerprint does not match the hashes of the files")
 
 
 def _check_hash(path: Path, stated: FileInfo, *, on_progress: Callable[[int], None] = lambda bytes_read: None) -> None:
@@ -186,7 +186,7 @@ def _load(path: Path) -> NDArray[np.int64]:
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(path, str(error)) from error
     if values.dtype != np.int64 or values.ndim != 1:
-        raise _damaged(path, f"{values.dtype} {list(values.shape)}, wanted int64 [num_samples]")
+        raise _damaged(path, f"{values.dtype} {list(values.shape)}, expected int64 [num_samples]")
     return values
 
 

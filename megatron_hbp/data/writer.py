@@ -1,4 +1,4 @@
-"""Writing a token store: it appears whole under its name, or not at all."""
+"""Writing a token store: it appears complete under its name, or not at all."""
 
 import os
 import shutil
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 
 class StoreWriter:
-    """A context that collects samples in a hidden directory beside `out` and renames it to `out` in `finish`.
+    """A context that collects samples in a hidden directory next to `out`, which `finish` renames to `out`.
 
-    Left without `finish` (an error, Ctrl-C) it removes what it wrote; killed, it leaves `.NAME.partial-PID` behind and
-    no store. Raises ConfigError when `out` exists (without `overwrite`, or when it is something else than a store) and
-    DiskError when something cannot be written.
+    Without `finish` (an error, Ctrl-C) it removes what it wrote; a killed process leaves `.NAME.partial-PID` and no
+    store. Raises ConfigError when `out` exists (without `overwrite`, or if it is not a token store), and DiskError when
+    something cannot be written.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
@@ -50,7 +50,7 @@ class StoreWriter:
         self._refuse_existing(overwrite)
 
     def __enter__(self) -> Self:
-        """Make the hidden directory and open the two data sets in it."""
+        """Create the hidden directory and open the two data sets in it."""
         with self._disk_errors():
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
@@ -61,7 +61,7 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove what was not finished."""
+        """Remove an unfinished store."""
         self._discard()
 
     def add(self, tokens: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -> None:
@@ -77,7 +77,7 @@ class StoreWriter:
         self._loss_tokens.append(int(loss_mask.sum()))
 
     def finish(self, *, tokenizer: TokenizerInfo, sources: Sequence[SourceInfo], max_length: int | None = None) -> None:
-        """Write indices, lengths and manifest, flush all to the disk and give the store its name."""
+        """Write indices, lengths and manifest, flush everything to disk and give the store its name."""
         with self._disk_errors():
             for prefix, builder in self._builders.items():
                 builder.finalize(str(self._partial / f"{prefix}.idx"))
@@ -117,7 +117,7 @@ class StoreWriter:
 
     def _discard(self) -> None:
         for builder in self._builders.values():
-            with suppress(OSError):  # on a full disk closing fails again, for what is still in the buffer
+            with suppress(OSError):  # on a full disk, closing fails again for what is still in the buffer
                 builder.data_file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -129,7 +129,7 @@ class StoreWriter:
             self._discard()
             raise DiskError(
                 f"{self.out}: cannot be written: {error.strerror or error}; check free space and permissions of "
-                f"{self.out.parent} (nothing was left there)"
+                f"{self.out.parent} (no partial store was left there)"
             ) from error
 
 
