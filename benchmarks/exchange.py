@@ -299,7 +299,7 @@ def gang_table(folder: Path) -> list[Table]:
     plans = {}
     for schedule in ("lockstep", "gang"):
         plans[schedule] = make_plan(
-            store.lengths, tiers=parse_tiers(GANG_TIERS), num_ranks=4, step_tokens=STEP_TOKENS, schedule=schedule,  # type: ignore[arg-type]
+            store.lengths, tiers=parse_tiers(GANG_TIERS), num_ranks=4, step_tokens=STEP_TOKENS, schedule=schedule,
             store_fingerprint=store.fingerprint,
         )  # fmt: skip
         planfile.save(plans[schedule], folder / f"{schedule}.plan")

@@ -14,7 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -41,7 +43,7 @@ from tests.unit.model.packs import context_of, micro_batch_of  # noqa: E402
 MIB = 2**20
 LAYERS, LENGTHS = 4, [256, 150, 350, 18, 250]
 """The recompute table's models and pack: 4 layers, 1,024 tokens."""
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "dense": {"hidden_size": 256, "ffn_hidden_size": 768},
     "moe": {"hidden_size": 256, "ffn_hidden_size": 768, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_head_dim": 32,
             "qk_pos_emb_head_dim": 16, "v_head_dim": 32, "moe_ffn_hidden_size": 192,
@@ -115,7 +117,7 @@ def recompute_table(kind: str) -> Table:
         times: dict[str, list[float]] = {name: [] for name in batches}
         for _ in range(5):  # round by round: whatever else the machine does meets every policy
             for name, batch in batches.items():
-                times[name].append(seconds(lambda batch=batch: forward(model, batch).backward()))
+                times[name].append(seconds(partial(forward_backward, model, batch)))
     median = {name: statistics.median(each) for name, each in times.items()}
     for name in batches:
         table.add_row(
@@ -129,6 +131,11 @@ def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     """The loss sum of a micro-batch."""
     losses, loss_sum = make_forward_step()(iter([batch]), model)
     return loss_sum(losses)[0]
+
+
+def forward_backward(model: torch.nn.Module, batch: MicroBatch) -> None:
+    """Forward and backward of a micro-batch."""
+    forward(model, batch).backward()
 
 
 def saved_bytes(model: torch.nn.Module, batch: MicroBatch) -> int:

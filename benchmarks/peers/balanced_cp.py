@@ -64,8 +64,8 @@ def _write_group(
     for samples in group:
         gangs[tuple(samples)] = gangs.get(tuple(samples), 0) + 1
     rank0 = last_slot = 0
-    for samples, degree in sorted(gangs.items(), key=lambda gang: -gang[1]):
-        ids = np.array(samples, np.int64)
+    for members, degree in sorted(gangs.items(), key=lambda gang: -gang[1]):
+        ids = np.array(members, np.int64)
         pack_of = best_fit_decreasing(lengths[ids], writer.unit * degree) if packed else np.arange(len(ids))
         num_packs = int(pack_of.max()) + 1
         for index in range(num_packs):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -77,7 +77,7 @@ def main(result_path: str) -> None:
     three, four = dist.new_group([0, 1, 2]), dist.new_group([0, 1, 2, 3])
     rank = dist.get_rank()
     groups = {2: pairs[rank // 2], 3: three if rank < 3 else None, 4: four}
-    results = {"alone": alone(groups), "idle ranks": idle_ranks(groups[4]), "bytes": received(groups)}
+    results: dict[str, Any] = {"alone": alone(groups), "idle ranks": idle_ranks(groups[4]), "bytes": received(groups)}
     results["half"] = half(groups[4])
     results["model"], results["model bytes"], results["broken model"] = model()
     results["broken"] = {}
@@ -124,14 +124,14 @@ def attend(
     torch.manual_seed(x)
     sizes = ((h, d), (g, d), (g, dv), (h, dv))
     *whole, towards = (torch.randn(x, *size, dtype=torch.float64).to(dtype).double() for size in sizes)
-    whole = [tensor.requires_grad_() for tensor in whole]
-    expected = kernels.reference(*whole, shared.segments, scale)
+    q, k, v = whole = [tensor.requires_grad_() for tensor in whole]
+    expected = kernels.reference(q, k, v, shared.segments, scale)
     yard = [expected, *torch.autograd.grad(expected, whole, towards)]
 
     rows = torch.tensor([i for a, b in shared.ranges_of[here] for i in range(a, b)], dtype=torch.long)
-    mine = [tensor.detach()[rows].to(dtype).requires_grad_() for tensor in whole]
+    q, k, v = mine = [tensor.detach()[rows].to(dtype).requires_grad_() for tensor in whole]
     with counted(node_size=8) as forward:
-        out = EXCHANGES[exchange](*mine, shared, group)(kernels.reference, scale)
+        out = EXCHANGES[exchange](q, k, v, shared, group)(kernels.reference, scale)
     with counted(node_size=8) as backward:
         grads = torch.autograd.grad(out, mine, towards[rows].to(dtype))
     deviation = 0.0

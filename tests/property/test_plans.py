@@ -5,11 +5,11 @@ from functools import partial
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import planning_cases
 
 from megatron_hbp.planning import make_plan
 from megatron_hbp.planning.cost import PRESETS
 from megatron_hbp.planning.metrics import plan_metrics
+from tests.property.strategies import planning_cases
 
 COST = PRESETS["llama3.1-8b-h100"]
 assert_close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)

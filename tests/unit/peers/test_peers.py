@@ -1,5 +1,6 @@
 """Every peer plans every sample exactly once, on sets that break planners."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -16,10 +17,11 @@ from megatron_hbp.planning.peers.default_dynamic import default_dynamic, micro_b
 from megatron_hbp.planning.peers.skrull import joined_packs, skrull
 from megatron_hbp.planning.peers.static_cp import static_cp
 from megatron_hbp.planning.peers.verl_kk import verl_kk
+from megatron_hbp.planning.plan import Plan
 
 UNIT, RANKS = 1024, 8
 COST = preset("llama3.1-8b-h100")
-PEERS = {
+PEERS: dict[str, Callable[..., Plan]] = {
     "static": static_cp,
     "balanced": balanced_cp,
     "balanced, as it runs": partial(balanced_cp, packed=False),

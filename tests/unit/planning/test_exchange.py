@@ -1,5 +1,7 @@
 """What exchanges move, against the figures of the design notes; which one is chosen, and why not another."""
 
+from typing import Any
+
 import pytest
 
 from megatron_hbp.planning.cost import DEEPSEEK_V2, PRESETS
@@ -53,8 +55,8 @@ def test_share_from_other_nodes(degree, node, share):
 
 
 def test_what_cannot_be_used_says_why():
-    assert "does not divide the 8 query heads" in refusal("a2a", LLAMA_70B_TP8, 16)
-    assert "no latent attention" in refusal("kv_latent", LLAMA_8B, 2)
+    assert "does not divide the 8 query heads" in str(refusal("a2a", LLAMA_70B_TP8, 16))
+    assert "no latent attention" in str(refusal("kv_latent", LLAMA_8B, 2))
     assert refusal("p2p", LLAMA_70B_TP8, 16) is None
 
 
@@ -74,7 +76,7 @@ def test_the_cheapest_is_chosen_and_the_reason_names_all():
 
 
 def test_rings_hide_under_attention_only_where_there_is_some():
-    facts = {"cp_degree": 4, "tokens": 65_536, "machine": Machine()}
+    facts: dict[str, Any] = {"cp_degree": 4, "tokens": 65_536, "machine": Machine()}
     short, long = (price("p2p", LLAMA_8B, squares=squares, **facts) for squares in (65_536 * 100, 65_536**2))
     assert short.hidden < 0.02 * short.transfer and long.hidden == pytest.approx(0.8 * long.transfer)
 

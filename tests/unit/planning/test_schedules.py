@@ -1,5 +1,7 @@
 """Slots, steps, gangs, batches that arrive, other ranks, epochs."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ COST = preset("llama3.1-8b-h100")
 TIERS = parse_tiers("1024:cp1,2048:cp2,8192:cp8")
 RNG = np.random.default_rng(0)
 LENGTHS = np.concatenate([RNG.integers(20, 1000, 900), RNG.integers(1025, 8192, 40)])
-COMMON = {"tiers": TIERS, "num_ranks": 8, "step_tokens": 16384}
+COMMON: dict[str, Any] = {"tiers": TIERS, "num_ranks": 8, "step_tokens": 16384}
 
 
 def test_packs_of_like_time_run_side_by_side():

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,7 +225,7 @@ def test_errors():
         rows_of_cost(COST, [131072], degrees=(64,))
     with pytest.raises(ConfigError, match="--memory"):
         rows_of_cost(preset("deepseek-v2-h100"), [131072], degrees=(8,))
-    options = {"num_ranks": 4, "step_tokens": 65536}
+    options: dict[str, Any] = {"num_ranks": 4, "step_tokens": 65536}
     with pytest.raises(ConfigError, match=r"131072 tokens.*65536 at the largest CP degree 4"):
         select_joint(np.array([131072]), COST, **options)
     with pytest.raises(DataError, match="no samples"):

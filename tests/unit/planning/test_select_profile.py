@@ -1,6 +1,7 @@
 """From a profile table to tiers: seconds carried over, what fits, selective recompute, the command."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,9 @@ def test_seconds_are_those_of_packs_of_these_samples():
     found = profiled(table(), PLANTED, LENGTHS, 4)
     assert len(found.rows) == len({(s.tokens, s.cp_degree, s.recompute) for s in GRID}) and found.degrees == (1, 2, 4)
     for row in found.rows:
-        wanted = PLANTED.tier_cost(row.tier).seconds(row.length, row.length * mean_length(LENGTHS, row.length))
+        wanted = PLANTED.tier_cost(row.tier).seconds(
+            row.length, np.array(row.length * mean_length(LENGTHS, row.length))
+        )
         assert row.seconds == pytest.approx(wanted)  # rows of the planted model are carried over exactly
 
 
@@ -65,6 +68,7 @@ def test_another_models_cost_is_refused_and_memory_is_the_profiles_own():
 
 
 def test_degrees_that_the_heads_do_not_allow_are_left_out():
+    assert PLANTED.attention is not None
     six = replace(PLANTED, attention=replace(PLANTED.attention, num_query_heads=6))
     assert profiled(table(), six, LENGTHS, 4).degrees == (1, 2)
 
@@ -82,7 +86,7 @@ def test_selective_recompute_is_chosen_where_it_is_the_cheapest_that_fits():
     one = table(limit=4096 * 500, bytes_of=per_token)
     cost = fit_profile(one, name="fitted").cost
     found = profiled(one, cost, LENGTHS, 4)
-    options = {"num_ranks": 4, "step_tokens": 65536, "degrees": found.degrees, "rows": found.rows}
+    options: dict[str, Any] = {"num_ranks": 4, "step_tokens": 65536, "degrees": found.degrees, "rows": found.rows}
     layered = select_joint(LENGTHS, cost, found.memory, **options)
     chosen = select_joint(LENGTHS, cost, found.memory, **options, selective=found.selective)
     assert any(tier.recompute == ATTENTION for tier in chosen.tiers)

@@ -58,7 +58,7 @@ def test_short_samples_in_shared_packs_lie_behind_the_long_ones():
     lengths = np.concatenate([[3000, 2500, 3500], np.full(30, 20)])
     plan = make_plan(lengths, tiers=parse_tiers("64:cp1,4096:cp4"), num_ranks=4, step_tokens=8192)
     for index in np.flatnonzero(plan.pack_cp > 1):
-        pack = plan.pack(index)
+        pack = plan.pack(int(index))
         assert (np.diff(pack.lengths) <= 0).all()
         local = cp_local_ranks(pack, plan.tiers[pack.tier])
         assert (local[pack.lengths == 20] == SHARED).sum() <= 3
