@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -27,11 +27,11 @@ cpu.apply()
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_hbp.model import blocks, kernels, split  # noqa: E402
-from megatron_hbp.model.attention import EXCHANGES  # noqa: E402
-from megatron_hbp.model.exchange import p2p  # noqa: E402
+from megatron_hbp.model.exchange import implementation, p2p  # noqa: E402
 from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.core.exchanges import AttentionShape, elements  # noqa: E402
+from megatron_hbp.planning.core.exchanges import EXCHANGES  # noqa: E402
+from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
 from megatron_hbp.planning.core.slices import padded_length  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training.batch import slice_of_pack  # noqa: E402
@@ -78,7 +78,7 @@ def main(result_path: str) -> None:
     three, four = dist.new_group([0, 1, 2]), dist.new_group([0, 1, 2, 3])
     rank = dist.get_rank()
     groups = {2: pairs[rank // 2], 3: three if rank < 3 else None, 4: four}
-    results = {"alone": alone(groups), "idle ranks": idle_ranks(groups[4]), "bytes": received(groups)}
+    results: dict[str, Any] = {"alone": alone(groups), "idle ranks": idle_ranks(groups[4]), "bytes": received(groups)}
     results["half"] = half(groups[4])
     results["model"], results["model bytes"], results["broken model"] = model()
     results["broken"] = {}
@@ -125,14 +125,14 @@ def attend(
     torch.manual_seed(x)
     sizes = ((h, d), (g, d), (g, dv), (h, dv))
     *whole, towards = (torch.randn(x, *size, dtype=torch.float64).to(dtype).double() for size in sizes)
-    whole = [tensor.requires_grad_() for tensor in whole]
-    expected = kernels.reference(*whole, shared.segments, scale)
+    q, k, v = whole = [tensor.requires_grad_() for tensor in whole]
+    expected = kernels.reference(q, k, v, shared.segments, scale)
     yard = [expected, *torch.autograd.grad(expected, whole, towards)]
 
     rows = torch.tensor([i for a, b in shared.ranges_of[here] for i in range(a, b)], dtype=torch.long)
-    mine = [tensor.detach()[rows].to(dtype).requires_grad_() for tensor in whole]
+    q, k, v = mine = [tensor.detach()[rows].to(dtype).requires_grad_() for tensor in whole]
     with counted(node_size=8) as forward:
-        out = EXCHANGES[exchange](*mine, shared, group)(kernels.reference, scale)
+        out = implementation(exchange).start(q, k, v, shared, group)(kernels.reference, scale)
     with counted(node_size=8) as backward:
         grads = torch.autograd.grad(out, mine, towards[rows].to(dtype))
     deviation = 0.0
@@ -181,7 +181,7 @@ def received(groups: dict[int, dist.ProcessGroup | None]) -> dict[str, list[floa
                 group = groups[c]
                 assert group is not None
                 done = attend(exchange, [96], (h, g, d, dv), group, zigzag=exchange != "a2a")
-                planned = elements(exchange, shape, c) * (96 // c) * 8  # type: ignore[arg-type]
+                planned = EXCHANGES[exchange].elements(shape, c) * (96 // c) * 8
                 bytes_of[f"{exchange} cp{c} {h}/{g} heads of {d}/{dv}"] = [
                     done.forward_bytes, planned, done.backward_bytes
                 ]  # fmt: skip

@@ -30,7 +30,8 @@ from megatron_hbp.model import latents, sliced  # noqa: E402
 from megatron_hbp.model.exchange import collectives, kv_latent, qkv_latent  # noqa: E402
 from megatron_hbp.model.mla import PackedMLASelfAttention  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.core.exchanges import AttentionShape, elements, str  # noqa: E402
+from megatron_hbp.planning.core.exchanges import EXCHANGES  # noqa: E402
+from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from tests.equivalence import matrix, models  # noqa: E402
 from tests.equivalence.dealing import dealt, one_by_one  # noqa: E402
@@ -285,7 +286,7 @@ def received(stepper: Stepper, exchange: str, cp_degree: int) -> list[float]:
         kv_latent=c.kv_lora_rank, rope_width=c.qk_pos_emb_head_dim,
     )  # fmt: skip
     assert len(seen) == c.num_layers or not seen, seen
-    return [max(seen, default=0), elements(exchange, shape, cp_degree) * (64 // cp_degree) * 8]
+    return [max(seen, default=0), EXCHANGES[exchange].elements(shape, cp_degree) * (64 // cp_degree) * 8]
 
 
 # ------------------------------------------------------------ broken on purpose: each must show in the gradients

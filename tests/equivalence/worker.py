@@ -37,7 +37,7 @@ from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
 
 LENGTHS = [17, 5, 1, 40, 23, 2, 31, 9, 60, 33, 3, 12, 90, 70, 11, 8, 25, 150, 14]
-TIERS = {
+TIERS: dict[str, tuple[Tier, ...]] = {
     "none": (Tier(packing_length=64), Tier(packing_length=128, cp_degree=2), Tier(packing_length=256, cp_degree=4)),
 }
 TIERS["mixed"] = tuple(

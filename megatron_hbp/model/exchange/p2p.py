@@ -1,8 +1,9 @@
 """p2p, keys and values in a ring: they pass every rank once, and each attends to them while the next are on their way.
 
-The bytes of all_gather, hidden under attention, and without all keys in memory at once. Rank r sends to r + 1: in step i it works on the keys of rank r - i. The backward passes keys and values round again, each followed, one
-hop behind, by the gradient that the visited ranks have summed for it; this starts on the rank after the owner and ends
-at the owner, which adds its own share. So of one layer a rank receives per local token, with k (d + dv) widths,
+The bytes of all_gather, hidden under attention, and without all keys in memory at once. Rank r sends to r + 1: in step
+i it works on the keys of rank r - i. The backward passes keys and values round again, each followed, one hop behind, by
+the gradient that the visited ranks have summed for it; this starts on the rank after the owner and ends at the owner,
+which adds its own share. So of one layer a rank receives per local token, with k (d + dv) widths,
 
     forward   k (d + dv) (c - 1) elements
     backward  k (d + dv) (c - 1) elements, and as many again that are fp32 for half precision: three times the bytes

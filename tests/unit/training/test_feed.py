@@ -200,7 +200,8 @@ def test_joint_policy(policies, joint):
 
 
 def test_groups_are_asked_by_degree():
-    groups = CpGroups(by_degree={2: SimpleNamespace(name="pair")}, num_created=1)  # type: ignore[dict-item]
-    assert groups.group(1) is None and groups.group(2).name == "pair"
+    pair: Any = SimpleNamespace(name="pair")
+    groups = CpGroups(by_degree={2: pair}, num_created=1)
+    assert groups.group(1) is None and groups.group(2) is pair
     with pytest.raises(KeyError):
         groups.group(4)
