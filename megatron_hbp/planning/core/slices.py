@@ -71,7 +71,7 @@ def owner_of_tokens(positions: np.ndarray) -> np.ndarray:
 def stays_local(cu_seqlens: np.ndarray, owner: np.ndarray, cp_degree: int) -> np.ndarray:
     """bool [n]: segments on one rank that stay there; on each rank the shortest, up to one level of work for all.
 
-    `cu_seqlens` int [n + 1], `owner` int64 [t]. All ranks of a gang come to the same answer: it follows from the pack.
+    `cu_seqlens` int [n + 1], `owner` int64 [t]. All ranks of a gang compute the same answer: it follows from the pack.
     """
     first, last = cu_seqlens[:-1], cu_seqlens[1:] - 1
     lengths = np.diff(cu_seqlens).astype(np.float64)
