@@ -8,7 +8,6 @@ stack of layers of the 1B class from 4K to 64K tokens. Without a device it print
 """
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from megatron_hbp.model import kernels
 from megatron_hbp.model.split import Segments
-from megatron_hbp.planning.core.tiers import Recompute
+from megatron_hbp.planning.core.tiers import Recompute, full_layers
 
 ROUNDS = 20
 TARGET = 0.97
@@ -147,10 +146,7 @@ def policies() -> dict[str, Recompute]:
         "none": Recompute(),
         **{name: Recompute(granularity="selective", modules=modules) for name, modules in selective.items()},
         "core_attn+layernorm": Recompute(granularity="selective", modules=("core_attn", "layernorm")),
-        **{
-            f"full {n}": Recompute(granularity="full", num_layers=n)
-            for n in range(layers // 4, layers + 1, layers // 4)
-        },
+        **{f"full {n}": full_layers(n) for n in range(layers // 4, layers + 1, layers // 4)},
     }
 
 
@@ -192,8 +188,7 @@ def recompute_cell(model: torch.nn.Module, policy: Recompute, num_tokens: int) -
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    batch = on_device(micro_batch_of([num_tokens], vocabulary=VOCABULARY), torch.device("cuda"))
-    batch = dataclasses.replace(batch, context=dataclasses.replace(batch.context, recompute=policy))
+    batch = on_device(micro_batch_of([num_tokens], recompute=policy, vocabulary=VOCABULARY), torch.device("cuda"))
 
     def run() -> None:
         losses, loss_sum = make_forward_step()(iter([batch]), model)

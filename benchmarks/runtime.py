@@ -9,7 +9,6 @@ parameters. Peak bytes are the highest sum of all allocations and releases that 
 """
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron_hbp.model import loss  # noqa: E402
 from megatron_hbp.model.context import bind, on_bind  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
-from megatron_hbp.planning.core.tiers import Recompute  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, full_layers  # noqa: E402
 from megatron_hbp.training.feed import MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build, transformer_config  # noqa: E402
@@ -95,7 +94,7 @@ def policies(kind: str) -> dict[str, Recompute]:
         "none": Recompute(),
         **{name: Recompute(granularity="selective", modules=(name,)) for name in MODULES[kind]},
         "+".join(together): Recompute(granularity="selective", modules=tuple(together)),
-        **{f"full, {n} of {LAYERS}": Recompute(granularity="full", num_layers=n) for n in range(1, LAYERS + 1)},
+        **{f"full, {n} of {LAYERS}": full_layers(n) for n in range(1, LAYERS + 1)},
     }
 
 
@@ -230,16 +229,12 @@ def bind_table() -> Table:
     )  # fmt: skip
     for kind in SIZES:
         switch = RecomputeSwitch(build(kind, dtype=torch.float32, num_layers=32))
-        plain = context_of([8, 8])
-        every = dataclasses.replace(plain, recompute=list(policies(kind).values())[len(MODULES[kind]) + 1])
-        full = dataclasses.replace(plain, recompute=Recompute(granularity="full", num_layers=20))
+        every = context_of([8, 8], recompute=list(policies(kind).values())[len(MODULES[kind]) + 1])
+        full, other = (context_of([8, 8], recompute=full_layers(count)) for count in (20, 7))
         with on_bind(switch):
             for name, contexts in {
                 "already set": (full, full),
-                "another number of layers": (
-                    full,
-                    dataclasses.replace(plain, recompute=Recompute(granularity="full", num_layers=7)),
-                ),
+                "another number of layers": (full, other),
                 "selective and full alternating": (every, full),
             }.items():
                 times = []
