@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Profile a 1B-class dense model and a small MLA + MoE model at 4K to 64K on the CUDA devices of one node.
-# NOT RUN HERE: the developers have no device.
 #
 #   scripts/profile_cuda.sh [RANKS] [FOLDER]
 set -euo pipefail
