@@ -200,8 +200,8 @@ def modelled_table(folder: Path) -> list[Table]:
         "64K tokens per rank and step",
         "A step takes the sum over its slots of the slowest pack (compute + exposed exchange, forward, backward and "
         "recomputed forward). Rates and links are those of the presets; a ring hides 80% of what fits under attention.",
-        "setting", "CP", "chosen", "slowest", "chosen, ms per layer", "slowest, ms per layer", "chosen, s per step",
-        "slowest, s per step", "saved s", "saved", "a2a, s per step",
+        "setting", "CP", "chosen", "slowest", "chosen,\nms per layer", "slowest,\nms per layer", "chosen,\ns per step",
+        "slowest,\ns per step", "saved s", "saved", "a2a,\ns per step",
     )  # fmt: skip
     for name, model, ranks, layers in CLUSTERS:
         cost = preset(model)
