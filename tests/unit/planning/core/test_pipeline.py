@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hbp.planning.core.pipeline import makespan, run_pipeline, stage_orders
-from megatron_hbp.planning.cost.memory import in_flight
+from megatron_hbp.planning.core.pipeline import makespan, stage_orders
 
 SECONDS = st.integers(0, 9)
 
@@ -145,29 +144,3 @@ def test_steps_side_by_side_do_not_touch_each_other():
 def test_every_stage_does_every_pass_once():
     for order in stage_orders(4, 8, 2):
         assert sorted(order) == sorted((b, c, m) for b in (False, True) for c in (0, 1) for m in range(8))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(2, 5), st.lists(st.integers(0, 50), min_size=1, max_size=12))
-def test_memory_is_the_worst_window_of_1f1b(p, held):
-    grid = p * np.array(held, float)[None, :, None]
-    for stage in range(p):
-        windows = [sum(held[first : first + p - stage]) for first in range(len(held))]
-        assert in_flight(grid, stage=stage, num_stages=p)[0, 0] == pytest.approx(max(windows))
-
-
-@pytest.mark.parametrize("p", [2, 4])
-def test_memory_of_interleaved_stages_is_what_lies_between_forward_and_backward(p):
-    m, v = 3 * p, 2
-    rng = np.random.default_rng(p)
-    held = rng.integers(1, 50, m).astype(float)
-    passes = list(run_pipeline(rng.uniform(1, 2, (1, m)), rng.uniform(1, 2, (1, m)), num_stages=p, num_chunks=v))
-    for stage in range(p):
-        own = [one for one in passes if one.stage == stage]
-        ends = {(one.chunk, one.micro_batch): one.end[0] for one in own if one.backward}
-        spans = [
-            (one.start[0], ends[one.chunk, one.micro_batch], held[one.micro_batch]) for one in own if not one.backward
-        ]
-        peak = max(sum(size for start, end, size in spans if start <= now < end) for now, _, _ in spans)
-        found = in_flight(p * v * held[None, :, None], stage=stage, num_stages=p, num_chunks=v)
-        assert found[0, 0] == pytest.approx(peak)

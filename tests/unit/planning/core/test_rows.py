@@ -1,53 +1,25 @@
-"""Plans as rows, and samples that one rank holds whole."""
+"""Plans as rows."""
 
 import json
 
 import numpy as np
 import pytest
 
-from megatron_hbp.planning import Tier, make_plan, parse_tiers
+from megatron_hbp.planning import make_plan, parse_tiers
 from megatron_hbp.planning.core.rows import plan_rows
 from megatron_hbp.planning.core.samples import Samples
-from megatron_hbp.planning.core.slices import SHARED, cp_local_ranks
-from megatron_hbp.planning.core.tiers import Pack
+from megatron_hbp.planning.core.slices import local_ranks
 from megatron_hbp.planning.request import Request
+from tests.unit.planning.core.test_slices import as_the_run_time_splits
 
 
-def pack_of(lengths):
-    lengths = np.array(lengths, np.int32)
-    offsets = np.cumsum(lengths, dtype=np.int64) - lengths
-    ids = np.arange(len(lengths))
-    return Pack(index=0, tier=0, step=0, slot=0, rank0=0, sample_ids=ids, lengths=lengths, offsets=offsets)
-
-
-def brute_force(pack, tier):
-    """The rank of each token, padded to whole slices; a sample is local where that is one rank."""
-    num_slices = tier.cp_degree * (2 if tier.layout == "zigzag" else 1)
-    padded = -(-pack.num_tokens // (num_slices * tier.alignment)) * num_slices * tier.alignment
-    chunk = np.arange(padded) // (padded // num_slices)
-    rank = np.minimum(chunk, num_slices - 1 - chunk) if tier.layout == "zigzag" else chunk
-    spans = [
-        (rank[o : o + n], chunk[o : o + n]) for o, n in zip(pack.offsets.tolist(), pack.lengths.tolist(), strict=True)
-    ]
-    return [int(r[0]) if len(set(c.tolist())) == 1 else SHARED for r, c in spans]
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("alignment", [1, 4])
-def test_local_ranks_equal_brute_force(layout, alignment):
-    rng = np.random.default_rng(0)
-    tier = Tier(packing_length=192, cp_degree=3, layout=layout, alignment=alignment)
-    for _ in range(50):
-        pack = pack_of(rng.integers(1, 40, rng.integers(1, 5)))
-        assert cp_local_ranks(pack, tier).tolist() == brute_force(pack, tier)
+def plan_of(lengths, tiers):
+    return make_plan(Samples.of(lengths), Request(tiers=parse_tiers(tiers), num_ranks=4, step_tokens=8192))
 
 
 def test_rows_are_complete_and_plain_json():
     lengths = np.array([100, 900, 3000, 50, 60, 70, 2000])
-    plan = make_plan(
-        Samples.of(lengths), Request(tiers=parse_tiers("1024:cp1:full3,4096:cp4"), num_ranks=4, step_tokens=8192)
-    )
-    rows = [json.loads(json.dumps(row)) for row in plan_rows(plan)]
+    rows = [json.loads(json.dumps(row)) for row in plan_rows(plan_of(lengths, "1024:cp1:full3,4096:cp4"))]
     assert sorted(sample for row in rows for sample in row["samples"]) == list(range(7))
     for row in rows:
         assert row["lengths"] == lengths[row["samples"]].tolist()
@@ -59,10 +31,25 @@ def test_rows_are_complete_and_plain_json():
 
 
 def test_short_samples_in_shared_packs_lie_behind_the_long_ones():
-    lengths = np.concatenate([[3000, 2500, 3500], np.full(30, 20)])
-    plan = make_plan(Samples.of(lengths), Request(tiers=parse_tiers("64:cp1,4096:cp4"), num_ranks=4, step_tokens=8192))
+    plan = plan_of(np.concatenate([[3000, 2500, 3500], np.full(30, 20)]), "64:cp1,4096:cp4")
     for index in np.flatnonzero(plan.pack_cp > 1):
         pack = plan.pack(index)
         assert (np.diff(pack.lengths) <= 0).all()
-        local = cp_local_ranks(pack, plan.tiers[pack.tier])
-        assert (local[pack.lengths == 20] == SHARED).sum() <= 3
+        local = local_ranks(pack, plan.tiers[pack.tier])
+        assert (local[pack.lengths == 20] == -1).sum() <= 3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_local_ranks_of_a_plan_are_those_of_the_run_time(layout):
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(1, 60, 400), rng.integers(65, 2049, 60)])
+    plan = plan_of(lengths, f"64:cp1,512:cp2:{layout},2048:cp4:{layout}")
+    differences = shared = 0
+    for index, row in enumerate(plan_rows(plan)):
+        if row["cp_local_rank"] is None:
+            continue
+        shared += 1
+        pack = plan.pack(index)
+        wanted = as_the_run_time_splits(pack, plan.tiers[pack.tier], 1).tolist()
+        differences += row["cp_local_rank"] != [None if rank < 0 else rank for rank in wanted]
+    assert shared > 20 and differences == 0

@@ -1,9 +1,12 @@
 """Tiers as the command line writes them."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import Recompute, Tier, parse_tiers
+from megatron_hbp.planning.core.tiers import full_layers
 
 
 def test_plain_tiers():
@@ -24,6 +27,13 @@ def test_suffixes_in_any_order():
     )
 
 
+def test_only_tiers_that_name_no_recompute_are_completed():
+    """Nothing could be told from nothing named: `:none` is a choice."""
+    tiers = parse_tiers("64:cp1,128:cp1:none,256:cp1:full3", fill=lambda tier: replace(tier, recompute=full_layers(2)))
+    assert [tier.recompute for tier in tiers] == [full_layers(2), Recompute(), full_layers(3)]
+    assert parse_tiers("64:cp1:none") == parse_tiers("64:cp1")
+
+
 @pytest.mark.parametrize("text", ["16384:cp1:full28", "96:cp3", "1024:cp2:sel=core_attn+mlp:zigzag:align16"])
 def test_printing_a_tier_reads_back(text):
     (tier,) = parse_tiers(text)
@@ -37,6 +47,9 @@ def test_printing_a_tier_reads_back(text):
         ("16384", "names no CP degree"),
         ("16384:cp0", "at least 1"),
         ("16384:cp1:cp2", "given twice"),
+        ("16384:cp1:none:full3", "given twice"),
+        ("16384:cp1:sel=", "at least one module"),
+        ("16384:cp2:exchange=a2b", "exchange must be one of a2a, all_gather"),
         ("16384:cp1:fast", "'fast' is unknown"),
         ("16384:cp1:full", "not a whole number"),
         ("16384:cp1:full0", "at least 1"),
