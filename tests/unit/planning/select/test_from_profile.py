@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from megatron_hbp.planning.select.settings import mean_length
 from typer.testing import CliRunner
 
 from megatron_hbp.commands.plan import app
@@ -16,7 +17,6 @@ from megatron_hbp.planning.cost.fit import fit_profile
 from megatron_hbp.planning.cost.model import preset
 from megatron_hbp.planning.select.from_profile import profiled
 from megatron_hbp.planning.select.joint import select_joint
-from megatron_hbp.planning.select.settings import mean_length
 from megatron_hbp.profiling.grid import parse_policies, settings
 from tests.unit.planning.profiles import PLANTED, row_of, table_of
 
