@@ -1,47 +1,75 @@
-"""Karmarkar-Karp, FlexSP's buckets and cuts, and the measures, against plain definitions."""
+"""Peers that need more than numpy, their parts against plain definitions, and the measures of the comparison."""
 
+from functools import partial
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from benchmarks.peers.flexsp import buckets, cut_points
-from benchmarks.peers.measure import compare, eta_squared, lower_bound, wall_with_waits
+from benchmarks.peers.balanced_cp import balanced_cp
+from benchmarks.peers.flexsp import buckets, cut_points, flexsp
+from benchmarks.peers.measure import compare, eta_squared, joined_packs, lower_bound, wall_with_waits
 from benchmarks.peers.plug_in import PLANNERS
-from megatron_hbp.planning.core.plan import DataFingerprint
-from megatron_hbp.planning.core.tiers import parse_tiers
-from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.errors import ConfigError, DataError
+from megatron_hbp.planning import Request, Samples, parse_tiers
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic
-from megatron_hbp.planning.peers.differencing import karmarkar_karp
 from megatron_hbp.planning.peers.skrull import skrull
 from megatron_hbp.planning.peers.static_cp import static_cp
-from megatron_hbp.planning.schedule.placement import Request
+from tests.unit.planning.peers.sets import (
+    COST,
+    RANKS,
+    SETS,
+    UNIT,
+    check_every_sample_once_within_memory,
+    mixed,
+    plan_by,
+)
 
-COST = preset("llama3.1-8b-h100")
+PEERS = {
+    "balanced": balanced_cp,
+    "balanced, as it runs": partial(balanced_cp, packed=False),
+    "flexsp": partial(flexsp, time_limit=0.3, num_buckets=4, trials=1),
+}
 
 
-def test_karmarkar_karp_on_the_textbook_example():
-    costs = np.array([8.0, 7, 6, 5, 4])
-    sums = np.bincount(karmarkar_karp(costs, 2), costs)
-    assert sorted(sums.tolist()) == [14, 16]  # differencing gives a difference of 2 here, 0 is possible
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("data", SETS)
+def test_every_sample_runs_once_within_memory(name, data):
+    check_every_sample_once_within_memory(PEERS[name], SETS[data])
 
 
-@pytest.mark.parametrize("num_bins", [1, 2, 5, 9])
-@pytest.mark.parametrize("num_items", [0, 1, 4, 200])
-def test_karmarkar_karp_balances_sums_and_counts(num_bins, num_items):
-    costs = np.random.default_rng(num_items).lognormal(size=num_items)
-    for equal_counts in (False, True):
-        bin_of = karmarkar_karp(costs, num_bins, equal_counts=equal_counts)
-        assert bin_of.shape == (num_items,)
-        assert num_items == 0 or 0 <= bin_of.min() <= bin_of.max() < num_bins
-        counts = np.bincount(bin_of, minlength=num_bins)
-        if equal_counts:
-            assert counts.max() - counts.min() <= 1
-        if num_items == 200:
-            sums = np.bincount(bin_of, costs, num_bins)
-            dealt = np.bincount(np.argsort(np.argsort(-costs)) % num_bins, costs, num_bins)
-            # Equal counts bind the largest item to as many others as every bin has: compare with plain dealing.
-            assert sums.max() <= (dealt.max() if equal_counts else 1.01 * max(sums.mean(), costs.max()))
+def test_flexsp_on_ranks_that_are_no_power_of_two():
+    lengths = np.minimum(mixed(100, 1), 2 * UNIT)
+    made = plan_by(PEERS["flexsp"], lengths, num_ranks=6, step_tokens=6 * UNIT)
+    assert np.array_equal(np.sort(made.sample_ids), np.arange(len(lengths)))
+
+
+def test_balanced_refuses_what_the_wheel_cannot_fill():
+    with pytest.raises(ConfigError, match="power of two"):
+        plan_by(balanced_cp, np.full(10, 50), num_ranks=6)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_sample_beyond_all_ranks_is_an_error(name):
+    with pytest.raises(DataError):
+        plan_by(PEERS[name], np.array([5, RANKS * UNIT + 1]))
+
+
+@pytest.mark.parametrize("name", ["balanced", "balanced, as it runs"])
+def test_the_seed_decides(name):
+    lengths = mixed(300, 2)
+    assert plan_by(PEERS[name], lengths).hash == plan_by(PEERS[name], lengths).hash
+    assert plan_by(PEERS[name], lengths).hash != plan_by(PEERS[name], lengths, seed=1).hash
+
+
+def test_skrull_joins_local_packs_to_the_distributed_one():
+    made = plan_by(skrull, np.array([4 * UNIT] * 2 + [100] * 40), step_tokens=2 * RANKS * UNIT)
+    joined = joined_packs(made)
+    assert joined.any()
+    assert (made.pack_cp[joined] == 1).all()
+    for pack in np.flatnonzero(joined):
+        before = made.pack_at(made.pack_step[pack], made.pack_slot[pack] - 1, made.pack_rank0[pack])
+        assert made.pack_cp[before] == 4
 
 
 def test_buckets_round_up_by_least():
@@ -90,7 +118,7 @@ def test_lower_bound_against_a_loop():
 @pytest.mark.parametrize("peer", [default_dynamic, skrull, static_cp])
 def test_no_plan_beats_the_bound_and_waits_cost_time(peer):
     lengths = np.random.default_rng(2).integers(1, 60000, 400)
-    plan = peer(lengths, num_ranks=8, step_tokens=8 * 16384, unit=16384, cost=COST, seed=0)
+    plan = plan_by(peer, lengths, step_tokens=8 * 16384, unit=16384)
     row = compare(plan, COST, 16384, 0.0)
     assert 1 <= row.over_bound <= row.over_bound_with_waits + 1e-9
     assert 0 <= row.idle < 1
@@ -98,8 +126,7 @@ def test_no_plan_beats_the_bound_and_waits_cost_time(peer):
 
 
 def test_waits_of_a_gang_by_hand():
-    lengths = np.array([16384, 20000, 16000])
-    plan = skrull(lengths, num_ranks=2, step_tokens=10**6, unit=16384, cost=COST, seed=0)
+    plan = plan_by(skrull, np.array([16384, 20000, 16000]), num_ranks=2, step_tokens=10**6, unit=16384)
     seconds = np.arange(1.0, plan.num_packs + 1)
     free = np.zeros(2)
     for pack in range(plan.num_packs):
@@ -110,15 +137,14 @@ def test_waits_of_a_gang_by_hand():
 
 def test_eta_squared_tells_random_from_sorted():
     lengths = np.exp(np.random.default_rng(3).normal(6, 1, 20000)).astype(np.int64) + 1
-    plan = default_dynamic(lengths, num_ranks=8, step_tokens=8 * 16384, unit=16384, cost=COST, seed=0)
+    plan = plan_by(default_dynamic, lengths, step_tokens=8 * 16384, unit=16384)
     assert abs(eta_squared(plan)) < 0.01
 
 
 def test_the_plug_in_answers_requests():
     lengths = np.random.default_rng(4).integers(1, 40000, 60)
     request = Request(
-        tiers=parse_tiers("16384:cp1:full28,131072:cp8:full28"), num_ranks=8, step_tokens=131072, seed=0,
-        schedule="lockstep", cost=COST, data=DataFingerprint.of(lengths),
-    )  # fmt: skip
+        tiers=parse_tiers("16384:cp1:full28,131072:cp8:full28"), num_ranks=8, step_tokens=131072, cost=COST
+    )
     for planner in PLANNERS.values():
-        assert np.array_equal(np.sort(planner(lengths, request).sample_ids), np.arange(60))
+        assert np.array_equal(np.sort(planner(Samples.of(lengths), request).sample_ids), np.arange(60))

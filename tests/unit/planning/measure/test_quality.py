@@ -1,4 +1,4 @@
-"""Distance to the least possible epoch, randomness, noise."""
+"""Distance to the least possible epoch, randomness."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from benchmarks.lengths import generate
 from megatron_hbp.planning import Samples, parse_tiers
 from megatron_hbp.planning.cost.presets import preset
 from megatron_hbp.planning.measure.metrics import plan_metrics
-from megatron_hbp.planning.measure.quality import lower_bound, noisy_step_ratio, side_by_side_abr
+from megatron_hbp.planning.measure.quality import lower_bound, side_by_side_abr
 from megatron_hbp.planning.planner import naive_plan
 from megatron_hbp.planning.request import Request
 from tests.unit.planning.plans import plan_of
@@ -43,11 +43,6 @@ def test_full_packs_meet_the_lower_bound_with_all_that_a_micro_batch_costs():
         plan = plan_of(lengths, tier, num_ranks=2, step_tokens=10**7, cost=cost)
         bound = lower_bound(lengths, cost, 2, num_steps=1)
         assert plan_metrics(plan, cost).epoch_seconds == pytest.approx(bound)
-
-
-def test_equal_work_is_the_yardstick_of_noise():
-    plan = plan_of(np.full(64, 1024), "1024:cp1", num_ranks=8, step_tokens=8192)
-    assert noisy_step_ratio(plan, LLAMA) == pytest.approx(1.0)
 
 
 def test_naive_packing_is_as_unbalanced_as_in_the_paper():

@@ -1,97 +1,76 @@
 """Every peer plans every sample exactly once, on sets that break planners."""
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 
-from benchmarks.peers.balanced_cp import balanced_cp
-from benchmarks.peers.flexsp import flexsp
-from megatron_hbp.errors import ConfigError, DataError
-from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.errors import DataError
+from megatron_hbp.planning import Request, Samples, parse_tiers
+from megatron_hbp.planning.cost.file import from_json
 from megatron_hbp.planning.measure.metrics import plan_metrics
-from megatron_hbp.planning.peers.common import least_degree, random_steps, static_degree
+from megatron_hbp.planning.peers import PEERS
+from megatron_hbp.planning.peers.common import cost_of, least_degree, random_steps, static_degree
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic, micro_batch
-from megatron_hbp.planning.peers.skrull import joined_packs, skrull
 from megatron_hbp.planning.peers.static_cp import static_cp
-from megatron_hbp.planning.peers.verl_kk import verl_kk
-
-UNIT, RANKS = 1024, 8
-COST = preset("llama3.1-8b-h100")
-PEERS = {
-    "static": static_cp,
-    "balanced": balanced_cp,
-    "balanced, as it runs": partial(balanced_cp, packed=False),
-    "dynamic": default_dynamic,
-    "flexsp": partial(flexsp, time_limit=0.3, num_buckets=4, trials=1),
-    "skrull": skrull,
-    "verl": verl_kk,
-}
-
-
-def mixed(num_samples: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    lengths = np.clip(np.rint(60 * np.exp(rng.standard_normal(num_samples))), 1, UNIT)
-    longs = rng.integers(UNIT, 8 * UNIT, max(1, num_samples // 50), endpoint=True)
-    return rng.permutation(np.concatenate([lengths, longs])).astype(np.int64)
-
-
-SETS = {
-    "one short": np.array([7]),
-    "one that takes all ranks": np.array([RANKS * UNIT]),
-    "two": np.array([3 * UNIT, 1]),
-    "all equal": np.full(50, 300),
-    "all one rank": np.full(9, UNIT),
-    "all longest": np.full(5, RANKS * UNIT),
-    "boundaries": np.array([UNIT * c + d for c in (1, 2, 4) for d in (-1, 0, 1)] + [1] * 9),
-    "all ones": np.ones(40, np.int64),
-    "mixed": mixed(200, 0),
-}
-
-
-def plan(name: str, lengths: np.ndarray, **changes):
-    return PEERS[name](
-        lengths, **{"num_ranks": RANKS, "step_tokens": RANKS * UNIT, "unit": UNIT, "cost": COST, "seed": 0} | changes
-    )
+from tests.unit.planning.peers.sets import (
+    COST,
+    RANKS,
+    SETS,
+    UNIT,
+    check_every_sample_once_within_memory,
+    mixed,
+    plan_by,
+)
 
 
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("data", SETS)
 def test_every_sample_runs_once_within_memory(name, data):
-    lengths = SETS[data]
-    made = plan(name, lengths)
-    made.check()
-    assert np.array_equal(np.sort(made.sample_ids), np.arange(len(lengths)))
-    assert np.array_equal(made.lengths, lengths[made.sample_ids])
-    assert (made.pack_tokens <= UNIT * made.pack_cp).all()
-    assert not (made.pack_cp & (made.pack_cp - 1)).any()
-    assert plan_metrics(made, COST).epoch_seconds > 0
+    check_every_sample_once_within_memory(PEERS[name], SETS[data])
+    assert plan_metrics(plan_by(PEERS[name], SETS[data]), COST).epoch_seconds > 0
 
 
-@pytest.mark.parametrize("name", ["static", "dynamic", "flexsp", "skrull", "verl"])
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("schedule", ["lockstep", "gang"])
+def test_peers_answer_any_request(name, schedule):
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(20, 1000, 900), rng.integers(1025, 8192, 40)])
+    request = Request(
+        tiers=parse_tiers("1024:cp1,2048:cp2,8192:cp8"), num_ranks=8, step_tokens=16384, schedule=schedule, cost=COST
+    )
+    plan = PEERS[name](Samples.of(lengths), request)
+    plan.check()
+    assert sorted(plan.sample_ids.tolist()) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_ranks_that_are_no_power_of_two(name):
     lengths = np.minimum(mixed(100, 1), 2 * UNIT)
-    made = plan(name, lengths, num_ranks=6, step_tokens=6 * UNIT)
+    made = plan_by(PEERS[name], lengths, num_ranks=6, step_tokens=6 * UNIT)
     assert np.array_equal(np.sort(made.sample_ids), np.arange(len(lengths)))
-
-
-def test_balanced_refuses_what_the_wheel_cannot_fill():
-    with pytest.raises(ConfigError, match="power of two"):
-        plan("balanced", np.full(10, 50), num_ranks=6)
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_sample_beyond_all_ranks_is_an_error(name):
     with pytest.raises(DataError):
-        plan(name, np.array([5, RANKS * UNIT + 1]))
+        plan_by(PEERS[name], np.array([5, RANKS * UNIT + 1]))
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "flexsp"])
+@pytest.mark.parametrize("name", PEERS)
 def test_the_seed_decides(name):
     lengths = mixed(300, 2)
-    assert plan(name, lengths).hash == plan(name, lengths).hash
-    assert plan(name, lengths).hash != plan(name, lengths, seed=1).hash
+    assert plan_by(PEERS[name], lengths).hash == plan_by(PEERS[name], lengths).hash
+    assert plan_by(PEERS[name], lengths).hash != plan_by(PEERS[name], lengths, seed=1).hash
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_where_memory_is_not_known_peers_recompute_as_the_shortest_tier_does(name):
+    unknown = replace(COST, recompute_layers=())
+    request = Request(tiers=parse_tiers("1024:cp1:full5"), num_ranks=8, step_tokens=8192, cost=unknown)
+    plan = PEERS[name](Samples.of(mixed(50, 0)), request)
+    assert {tier.recompute.num_layers for tier in plan.tiers} == {5}
+    assert from_json(plan.cost, "", "") == cost_of(request) == replace(unknown, recompute_layers=((1024, 5),))
 
 
 def test_random_steps_hold_about_what_was_asked_for():
@@ -123,24 +102,17 @@ def test_dynamic_micro_batches_leave_no_rank_empty():
 
 
 def test_dynamic_gangs_end_at_the_heads():
-    cost = replace(COST, max_cp_degree=2)
+    ((count, layer),) = COST.model.layers
+    two_heads = replace(layer, attention=replace(layer.attention, num_query_heads=2, num_kv_heads=2))
+    cost = replace(COST, model=replace(COST.model, layers=((count, two_heads),)))
     for lengths in (np.array([7]), np.array([2 * UNIT, 900, 900, 50]), mixed(200, 3) // 4 + 1):
-        made = default_dynamic(lengths, num_ranks=RANKS, step_tokens=2 * RANKS * UNIT, unit=UNIT, cost=cost)
+        made = plan_by(default_dynamic, lengths, cost=cost, step_tokens=2 * RANKS * UNIT)
         assert made.pack_cp.max() == 2
         assert sorted(made.sample_ids) == list(range(len(lengths)))
 
 
-def test_skrull_joins_local_packs_to_the_distributed_one():
-    made = plan("skrull", np.array([4 * UNIT] * 2 + [100] * 40), step_tokens=2 * RANKS * UNIT)
-    joined = joined_packs(made)
-    assert joined.any()
-    assert (made.pack_cp[joined] == 1).all()
-    for pack in np.flatnonzero(joined):
-        before = made.pack_at(made.pack_step[pack], made.pack_slot[pack] - 1, made.pack_rank0[pack])
-        assert made.pack_cp[before] == 4
-
-
 def test_static_takes_the_fastest_setting():
     lengths = mixed(2000, 5)
-    wide, narrow = plan("static", lengths), plan("static", lengths, max_degree=8)
+    wide = plan_by(static_cp, lengths)
+    narrow = plan_by(lambda samples, request: static_cp(samples, request, max_degree=8), lengths)
     assert plan_metrics(wide, COST).epoch_seconds <= plan_metrics(narrow, COST).epoch_seconds
