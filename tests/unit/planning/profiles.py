@@ -1,6 +1,6 @@
 """Profile rows made up from planted constants."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +9,7 @@ from megatron_hbp.planning.core.machine import Machine
 from megatron_hbp.planning.core.model import dense_model
 from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.planning.cost.profile_table import Measurement, ProfileHeader, ProfileTable, Setting
+from megatron_hbp.profiling.grid import parse_policies, settings
 
 MODEL = dense_model("small", num_layers=4, hidden=512, num_heads=8, num_kv_heads=4, width=8192, vocabulary=100_000)
 HEADER = ProfileHeader(
@@ -39,3 +40,24 @@ def row_of(setting: Setting, cost: CostModel = PLANTED, noise: float = 0.0, seed
 def table_of(rows: Sequence[Measurement], limit: float | None = None) -> ProfileTable:
     """A table under `HEADER`."""
     return replace(ProfileTable(header=HEADER), rows=tuple(rows), memory_limit=limit)
+
+
+GRID = settings((1024, 4096, 8192, 16384), (1, 2, 4), parse_policies("none,full2,full4,sel=core_attn", 4), unit=1,
+                most_local=4096)  # fmt: skip
+"""What `profile_of` measured."""
+
+
+def profile_of(limit: float | None = None, bytes_of: Callable[[Measurement], int] | None = None) -> ProfileTable:
+    """A table of `GRID`; under a limit (bytes), rows take `bytes_of`."""
+    rows = [row_of(setting) for setting in GRID]
+    if limit is not None and bytes_of is not None:
+        rows = [replace(row, peak_bytes=bytes_of(row)) for row in rows]
+        rows = [replace(row, fits=bytes_of(row) <= limit) for row in rows]
+    return table_of(rows, limit)
+
+
+def saved_by_attention(row: Measurement) -> int:
+    """Attention keeps much of a layer here: recomputing it alone saves two thirds of the bytes."""
+    policy = row.setting.policy
+    saved = 900 if policy.granularity == "selective" else 300 * policy.num_layers
+    return row.setting.local_tokens * (1400 - saved)
