@@ -59,7 +59,7 @@ class RecomputeSwitch:
 
     def __call__(self, context: MicroBatchContext) -> None:
         """Set the policy of a micro-batch that becomes current."""
-        self.set(context.recompute)
+        self.set(context.tier.recompute)
 
     def set(self, policy: Recompute) -> None:
         """Set `policy` on all configs and flags."""

@@ -20,11 +20,11 @@ from megatron.training.models import GPTModelConfig
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model.attention import PackedCoreAttention
-from megatron_hbp.model.latents import LATENT
 from megatron_hbp.model.mla import PackedMLASelfAttention
 from megatron_hbp.model.norm import SequenceParallelRMSNorm
 from megatron_hbp.model.rotary import localise
 from megatron_hbp.model.router import PackedRouter
+from megatron_hbp.planning.core.exchanges import EXCHANGES
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -70,7 +70,7 @@ def with_packed_model(config: GPTModelConfig, exchanges: Collection[str] = ()) -
     Raises:
         ConfigError: an exchange of latents that this model cannot have.
     """
-    latent = sorted(LATENT.intersection(exchanges))
+    latent = sorted(name for name in exchanges if EXCHANGES[name].needs_latents)
     why = why_no_latents(config.transformer)
     if latent and why:
         raise ConfigError(f"a tier has exchange={latent[0]}, but {why}, or leave the exchange out")

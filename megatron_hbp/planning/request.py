@@ -19,7 +19,7 @@ Schedule = Literal["lockstep", "gang"]
 MAX_STEP_TOKENS = 2**53
 """Beyond that sums of tokens are no longer exact in float64."""
 MAX_RANKS = 2**17
-"""Data-parallel ranks: more than the largest clusters have, and few enough that a mistyped number is told at once."""
+"""Data-parallel ranks: more than the largest clusters have, and few enough that a mistyped number is refused at once."""
 OUR_PACKING = "balanced"
 """Packs full and alike in content (packing/hierarchical.py); other names are those of packing/methods.py."""
 

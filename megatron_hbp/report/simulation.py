@@ -16,7 +16,7 @@ _COLORS = ("#3d6b99", "#5b8c5a", "#8a6bb1", "#c98a2b", "#4f9d9d", "#9a5f3c", "#7
 """One per tier."""
 _SENT, _EXPERT, _TAIL = "#1d1d1d", "#d07fa8", "#b0413e"
 _MOST_RANKS = 32
-"""Rows of a picture that can be told apart."""
+"""Rows of a picture that can be distinguished."""
 
 
 def summary_table(plan: Plan, found: Simulation) -> Table:

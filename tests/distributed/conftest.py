@@ -44,7 +44,8 @@ def write_store(folder: Path, *, num_samples: int, seed: int) -> TokenStore:
 
 def write_plan(path: Path, store: TokenStore, *, num_ranks: int, tiers: str = TIERS, seed: int = 0) -> Plan:
     """A real plan over the whole store."""
-    plan = make_plan(Samples.of(store.lengths, store_fingerprint=store.fingerprint), Request(tiers=parse_tiers(tiers), num_ranks=num_ranks, step_tokens=512, seed=seed))  # fmt: skip
+    samples = Samples.of(store.lengths, store_fingerprint=store.fingerprint)
+    plan = make_plan(samples, Request(tiers=parse_tiers(tiers), num_ranks=num_ranks, step_tokens=512, seed=seed))
     planfile.save(plan, path)
     return plan
 

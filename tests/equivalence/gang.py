@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def _dummy_in_the_loss() -> Iterator[None]:
         yield
 
 
-BREAKAGES = {
+BREAKAGES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "correct code": contextlib.nullcontext,
     "no dummy": _no_dummy,
     "dummy in the loss": _dummy_in_the_loss,

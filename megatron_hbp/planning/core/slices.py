@@ -8,6 +8,8 @@ then pieces of padding. Layouts: a rank holds one slice of c (contiguous), or sl
 """
 
 import math
+from collections.abc import Sequence
+from typing import TypedDict
 
 import numpy as np
 
@@ -22,51 +24,54 @@ PADDING_SEGMENT = 128
 """Padding attends to itself in pieces of this many tokens: one piece would cost its square (PP pads to capacity)."""
 
 
-def padded_length(num_tokens: int, tier: Tier, *, unit: int = 1) -> int:
-    """Length t of a pack of `num_tokens`: equal slices in multiples of `unit` and the alignment, one at least."""
-    block = tier.cp_degree * math.lcm(unit, tier.alignment) * (2 if tier.is_zigzag else 1)
+class _Layout(TypedDict):
+    cp_degree: int
+    zigzag: bool
+
+
+def padded_length(num_tokens: int, *, cp_degree: int, unit: int) -> int:
+    """Length of a pack padded so that each of `cp_degree` slices is a multiple of `unit`; at least one unit each."""
+    block = cp_degree * unit
     return max(1, -(-num_tokens // block)) * block
 
 
-def slice_length(t: int, tier: Tier) -> int:
-    """Tokens of one contiguous slice."""
-    return t // (tier.cp_degree * (2 if tier.is_zigzag else 1))
+def unit_of(tier: Tier, unit: int = 1) -> int:
+    """What a rank's tokens are a multiple of: `unit`, the tier's alignment, two mirrored slices."""
+    return math.lcm(unit, tier.alignment) * (2 if tier.is_zigzag else 1)
 
 
-def local_positions(t: int, tier: Tier) -> np.ndarray:
+def local_positions(t: int, *, cp_degree: int, zigzag: bool) -> np.ndarray:
     """Positions in the pack of each rank's tokens, in local order: int64 [c, s]."""
-    c = tier.cp_degree
-    if not tier.is_zigzag:
-        return np.arange(t).reshape(c, -1)
-    slices = np.arange(t).reshape(2 * c, -1)
-    return np.concatenate((slices[:c], slices[: c - 1 : -1]), axis=1)
+    if not zigzag:
+        return np.arange(t).reshape(cp_degree, -1)
+    slices = np.arange(t).reshape(2 * cp_degree, -1)
+    return np.concatenate((slices[:cp_degree], slices[: cp_degree - 1 : -1]), axis=1)
 
 
-def segment_starts(lengths: np.ndarray, t: int, tier: Tier) -> np.ndarray:
-    """`cu_seqlens` int32 [n + 1] of samples of `lengths` and of the padding behind them, and the end t.
+def segment_starts(lengths: Sequence[int] | np.ndarray, t: int, *, cp_degree: int, zigzag: bool) -> np.ndarray:
+    """`cu_seqlens` int32 [n + 1] of samples of `lengths` and of the padding behind them, up to the end t.
 
     No piece of padding reaches over a slice's border: it would have to be exchanged.
     """
-    ends = np.cumsum(lengths, dtype=np.int64)
-    border, position = slice_length(t, tier), int(ends[-1]) if len(ends) else 0
-    starts = [0, *ends.tolist()]
-    while position < t:
-        position = min(position + PADDING_SEGMENT, (position // border + 1) * border, t)
-        starts.append(position)
+    starts = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
+    border, end = t // (cp_degree * (2 if zigzag else 1)), starts[-1]
+    while end < t:
+        end = min(end + PADDING_SEGMENT, (end // border + 1) * border)
+        starts.append(end)
     return np.array(starts, np.int32)
 
 
-def owner_of_tokens(t: int, tier: Tier) -> np.ndarray:
-    """The gang's rank, from 0, that holds each token of the pack: int64 [t]."""
-    owner = np.empty(t, np.int64)
-    owner[local_positions(t, tier)] = np.arange(tier.cp_degree)[:, None]
+def owner_of_tokens(positions: np.ndarray) -> np.ndarray:
+    """The gang's rank, from 0, that holds each token of the pack: int64 [t], from `local_positions`."""
+    owner = np.empty(positions.size, np.int64)
+    owner[positions] = np.arange(len(positions))[:, None]
     return owner
 
 
 def stays_local(cu_seqlens: np.ndarray, owner: np.ndarray, cp_degree: int) -> np.ndarray:
     """bool [n]: segments on one rank that stay there; on each rank the shortest, up to one level of work for all.
 
-    `cu_seqlens` int [n + 1], `owner` int64 [t]. All ranks of a gang come to the same answer: it follows from the pack.
+    `cu_seqlens` int [n + 1], `owner` int64 [t]. All ranks of a gang compute the same answer: it follows from the pack.
     """
     first, last = cu_seqlens[:-1], cu_seqlens[1:] - 1
     lengths = np.diff(cu_seqlens).astype(np.float64)
@@ -91,9 +96,11 @@ def stays_local(cu_seqlens: np.ndarray, owner: np.ndarray, cp_degree: int) -> np
     return np.zeros(len(whole), bool)
 
 
-def local_ranks(pack: Pack, tier: Tier, *, unit: int = 1) -> np.ndarray:
+def local_ranks(pack: Pack, tier: Tier) -> np.ndarray:
     """The gang's rank, from 0, that attends to each sample alone; -1 where ranks share it: int64 [samples]."""
-    t = padded_length(pack.num_tokens, tier, unit=unit)
-    cu_seqlens, owner = segment_starts(pack.lengths, t, tier), owner_of_tokens(t, tier)
+    layout: _Layout = {"cp_degree": tier.cp_degree, "zigzag": tier.is_zigzag}
+    t = padded_length(pack.num_tokens, cp_degree=tier.cp_degree, unit=unit_of(tier))
+    cu_seqlens = segment_starts(pack.lengths, t, **layout)
+    owner = owner_of_tokens(local_positions(t, **layout))
     stay = stays_local(cu_seqlens, owner, tier.cp_degree)
     return np.where(stay, owner[cu_seqlens[:-1]], -1)[: len(pack.lengths)]

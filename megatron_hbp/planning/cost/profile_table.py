@@ -196,12 +196,12 @@ def _row(values: dict[str, Any], num_layers: int) -> Measurement:
     return row
 
 
-def check_header(found: ProfileHeader, wanted: ProfileHeader, path: Path) -> None:
+def check_header(found: ProfileHeader, expected: ProfileHeader, path: Path) -> None:
     """Raise ConfigError naming the first fields in which a table's header differs from this run's."""
-    different = [f.name for f in fields(ProfileHeader) if getattr(found, f.name) != getattr(wanted, f.name)]
+    different = [f.name for f in fields(ProfileHeader) if getattr(found, f.name) != getattr(expected, f.name)]
     if different:
         differences = "; ".join(
-            f"{name}: {getattr(found, name)} there, {getattr(wanted, name)} here" for name in different
+            f"{name}: {getattr(found, name)} there, {getattr(expected, name)} here" for name in different
         )
         raise ConfigError(
             f"profile table {path} was measured otherwise ({differences}): give another --hbp-profile-out, or delete it"

@@ -3,7 +3,7 @@
 Sorting packs by cost (balance batching) makes a step's content follow its cost, unless packs of different cost hold the
 same mix. So that is how they are built:
 
-    seeds    the longest samples, one a pack; neighbours in this order form groups of packs of like cost
+    seeds    the longest samples, one per pack; neighbours in this order form groups of packs of like cost
     rest     goes to groups (and to the room of long packs) so that each ends with the mean log-length of all data:
              a group with long seeds gets shorter company
     level    inside a group: longest first, one round over the packs at a time, the longest to the emptiest pack

@@ -4,7 +4,7 @@
                     so they decide most of what it is off. A trade must not cost more time than it evens out.
     all samples     trade places with others of exactly their length: nothing but loss tokens changes.
 
-Loss tokens per step then vary by 4.8% instead of 9.1% (Tulu-3 + LongCite lengths, 512K tokens a step; 30% of samples
+Loss tokens per step then vary by 4.8% instead of 9.1% (Tulu-3 + LongCite lengths, 512K tokens per step; 30% of samples
 with few of them); idle stays at .085%.
 """
 

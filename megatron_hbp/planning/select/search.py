@@ -90,7 +90,7 @@ def nodes(
 
 
 class Work:
-    """What samples of each interval of lengths ask for; `of` is int64 [n], none longer than the last of `edges`."""
+    """What samples of each interval of lengths need; `of` is int64 [n], none longer than the last of `edges`."""
 
     def __init__(self, of: np.ndarray, edges: Sequence[int]) -> None:
         self.edges = tuple(edges)

@@ -26,7 +26,7 @@ class Breakdown:
     expert: np.ndarray
     """Exposed seconds of the expert all-to-all."""
     contention: np.ndarray
-    """The part of exchange and expert that is only there because both want the same links."""
+    """The part of exchange and expert that exists only because both use the same links."""
     forward: np.ndarray
     """The part of all of it that the forward pass takes."""
 

@@ -1,6 +1,7 @@
 """Orders of shared packs: what the plan says, what a feed does, and orders in which a gang never meets."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ def plan(request):
 
 
 def feed_of(plan, rank):
-    return Feed(plan=plan, store=None, groups=None, rank=rank, unit=1, full_length=False, device=None)
+    unused: Any = None
+    return Feed(plan=plan, store=unused, groups=unused, rank=rank, unit=1, full_length=False, device=unused)
 
 
 def test_every_feed_walks_as_planned(plan):

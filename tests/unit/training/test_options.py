@@ -79,6 +79,7 @@ def test_plans_stores_and_metrics_among_other_flags(files):
         "--num-layers", 2, "--hbp-plan", files.plan(), "--hbp-store", files.store(), "--lr", "1e-3",
         "--hbp-valid-plan", files.plan("valid", seed=4), "--hbp-valid-store", files.store(), "--hbp-metrics", "m.jsonl",
     )  # fmt: skip
+    assert told.train is not None and told.valid is not None
     assert told.train.plan.hash == plan().hash and told.valid.plan.hash == plan(seed=4).hash
     assert told.train.store.num_samples == 4 and told.metrics == Path("m.jsonl")
 

@@ -1,6 +1,7 @@
 """Which exchange a tier runs with: its own, the flag's, or the cheapest; and what cannot be is refused."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ LLAMA_70B_TP8 = AttentionShape(num_query_heads=8, num_kv_heads=1, qk_width=128, 
 LENGTHS = np.array([1000, 30_000, 60_000])
 
 
-def plan_with(**choices: object):
+def plan_with(**choices: Any):
     tiers = [
         Tier(packing_length=16_384), Tier(packing_length=32_768, cp_degree=2, **choices),
         Tier(packing_length=65_536, cp_degree=4),

@@ -1,7 +1,7 @@
-"""Keys and values to the queries: every rank gathers those of the others and attends from its own queries.
+"""all_gather, keys and values to the queries: every rank gathers those of the others and attends from its own queries.
 
 With grouped-query attention this moves less than heads for sequence at small CP degrees, and it has no limit by heads.
-The work is balanced under the zigzag layout only. Legend as in heads.py.
+The work is balanced under the zigzag layout only. Legend as in a2a.py.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Heads for sequence: the all-to-all that turns some tokens of all heads into all tokens of some heads (Ulysses).
+"""a2a, heads for sequence: the all-to-all that turns some tokens of all heads into all tokens of some heads (Ulysses).
 
 Legend: `x` tokens of the shared samples, `x_r` of them here, `c` CP degree, `h` query heads, `k` KV heads, `d` and `dv`
 head widths, `m` = lcm(k, c) KV heads after replication.

@@ -1,7 +1,7 @@
-"""A ring of MLA's latents: queries stay, the others' latents come by and become keys and values at each visit.
+"""kv_latent, a ring of MLA's latents: queries stay, others' latents pass and become keys and values at each visit.
 
 Only one rank's keys and values, and only those that are seen, stand in memory at a time: with all heads DeepSeek-V2's
-are 40,960 wide, the latents that pass 576. The backward up-projects again; otherwise the ring is that of ring.py, with
+are 40,960 wide, the latents that pass 576. The backward up-projects again; otherwise the ring is that of p2p.py, with
 latents in the place of keys and values, so that of one layer a rank receives per local token
 
     forward   (l + r) (c - 1) elements
@@ -19,10 +19,37 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_hbp.model import blocks
-from megatron_hbp.model.exchange.ring import Block, ReturningGradients, around, visible
+from megatron_hbp.model import context as micro_batch
+from megatron_hbp.model.exchange.p2p import Block, ReturningGradients, around, visible
 from megatron_hbp.model.kernels import Kernel
 from megatron_hbp.model.sliced import WeightGradient
-from megatron_hbp.model.split import Shared
+from megatron_hbp.model.split import Shared, Split, rows_at
+
+
+def gather(q_latent: torch.Tensor, kv_latent: torch.Tensor, split: Split, group: dist.ProcessGroup) -> torch.Tensor:
+    """Queries stay: their latents of the shared samples here, [x_r, q]."""
+    return rows_at(q_latent, split.shared_at)
+
+
+def project(
+    up: Any, gathered: torch.Tensor, w_q: torch.Tensor, w_kv: torch.Tensor, shared: Shared, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, ...]:
+    """[x_r, q] -> q [x_r, h, d] of all heads."""
+    context = micro_batch.current()
+    positions = rows_at(context.position_ids, context.split.shared_at)
+    return (up.queries(gathered, w_q, range(up.num_heads), positions),)
+
+
+def attend(
+    up: Any, projected: tuple[torch.Tensor, ...], kv_latent: torch.Tensor, w_kv: torch.Tensor, kernel: Kernel,
+    scale: float, split: Split, group: dist.ProcessGroup,
+) -> torch.Tensor:  # fmt: skip
+    """[x_r, h, dv] from the queries, the first of `projected`, and the ring of latents."""
+    assert split.shared is not None
+    return ring_attention(
+        projected[0], rows_at(kv_latent, split.shared_at), w_kv, up.of_keys_values.weight, split.shared, group, kernel,
+        scale, up.rope_width, up.v_width,
+    )  # fmt: skip
 
 
 def ring_attention(
@@ -117,7 +144,7 @@ class _LatentRing(torch.autograd.Function):
             if share is not None:
                 total.view(-1, ring.latent_width)[rows] += share
             returning.pass_on(rank, total)
-        of_latents = returning.home().view(latents.shape).to(latents.dtype)
+        of_latents = returning.arrived().view(latents.shape).to(latents.dtype)
         return dq.to(q.dtype), of_latents, of_weight.result if of_weight else None, None
 
 

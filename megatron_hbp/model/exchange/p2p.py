@@ -1,14 +1,14 @@
-"""Keys and values in a ring: they pass every rank once, and each attends to them while the next are on their way.
+"""p2p, keys and values in a ring: they pass every rank once, and each attends to them while the next are on their way.
 
-The bytes of gathering them (keys.py), hidden under attention, and without all keys in memory at once. Rank r sends to
-r + 1: in step i it works on the keys of rank r - i. The backward passes keys and values round again, each followed, one
-hop behind, by the gradient that the visited ranks have summed for it; this starts on the rank after the owner and ends
-at the owner, which adds its own share. So of one layer a rank receives per local token, with k (d + dv) widths,
+The bytes of all_gather, hidden under attention, and without all keys in memory at once. Rank r sends to r + 1: in step
+i it works on the keys of rank r - i. The backward passes keys and values round again, each followed, one hop behind, by
+the gradient that the visited ranks have summed for it; this starts on the rank after the owner and ends at the owner,
+which adds its own share. So of one layer a rank receives per local token, with k (d + dv) widths,
 
     forward   k (d + dv) (c - 1) elements
     backward  k (d + dv) (c - 1) elements, and as many again that are fp32 for half precision: three times the bytes
 
-Legend as in heads.py; `flat` is a rank's keys and then its values in one row of numbers: one message a hop.
+Legend as in a2a.py; `flat` is a rank's keys and then its values in one row of numbers: one message a hop.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +101,7 @@ class ReturningGradients:
         else:
             self.hop = Hop(total, self.sizes[rank - 1], self.group)
 
-    def home(self) -> torch.Tensor:
+    def arrived(self) -> torch.Tensor:
         """[sizes[here]]: what all ranks have summed for this one."""
         return self.own if self.hop is None else self.own.add_(self.hop.wait())
 
@@ -199,7 +199,7 @@ class _Ring(torch.autograd.Function):
                 dk[at] += dk_i
                 dv[at] += dv_i
             returning.pass_on(rank, total)
-        dk, dv = _keys_and_values(returning.home(), k.shape[0], k.shape, v.shape)
+        dk, dv = _keys_and_values(returning.arrived(), k.shape[0], k.shape, v.shape)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
