@@ -44,7 +44,6 @@ def test_two_packs_on_one_rank(plan):
         dataclasses.replace(plan, pack_rank0=moved).check()
 
 
-
 FIELDS = {
     "num_ranks": 4, "schedule": "lockstep", "seed": 3, "step_tokens": 9, "cost": {},
     "data": DataFingerprint(num_samples=9, lengths_sha256="0"),

@@ -16,7 +16,7 @@ from megatron_hbp.planning.core.slices import (
     owner_of_tokens,
     padded_length,
     segment_starts,
-    slice_length,
+    unit_of,
 )
 
 
@@ -30,6 +30,15 @@ def pack_of(lengths):
 def tier_of(cp_degree, *, zigzag=False, alignment=1):
     layout = "zigzag" if zigzag else "contiguous"
     return Tier(packing_length=2 * 840 * alignment, cp_degree=cp_degree, layout=layout, alignment=alignment)
+
+
+def length_of(num_tokens, tier):
+    return padded_length(num_tokens, cp_degree=tier.cp_degree, unit=unit_of(tier))
+
+
+def starts_of(pack, tier):
+    t = length_of(pack.num_tokens, tier)
+    return segment_starts(pack.lengths, t, cp_degree=tier.cp_degree, zigzag=tier.is_zigzag)
 
 
 def plain_owner(num_tokens, tier):
@@ -46,26 +55,26 @@ def test_tokens_lie_where_the_plain_form_puts_them(zigzag, alignment):
     tier = tier_of(3, zigzag=zigzag, alignment=alignment)
     for num_tokens in (1, 7, 100, 113):
         wanted = plain_owner(num_tokens, tier)
-        t = padded_length(num_tokens, tier)
-        assert owner_of_tokens(t, tier).tolist() == wanted.tolist()
+        t = length_of(num_tokens, tier)
         assert t == len(wanted)
-        held = local_positions(t, tier)
+        held = local_positions(t, cp_degree=3, zigzag=zigzag)
+        assert owner_of_tokens(held).tolist() == wanted.tolist()
         assert [held[rank].tolist() for rank in range(3)] == [np.flatnonzero(wanted == r).tolist() for r in range(3)]
 
 
 def test_slices_are_padded_to_the_unit_of_a_run_and_the_tiers_alignment():
-    assert padded_length(100, tier_of(2)) == 100
-    assert padded_length(101, tier_of(2, zigzag=True)) == 104
-    assert padded_length(100, tier_of(2, alignment=6), unit=4) == 120  # in blocks of 2 x lcm(4, 6)
-    assert padded_length(0, tier_of(2, zigzag=True, alignment=8)) == 32
+    assert length_of(100, tier_of(2)) == 100
+    assert length_of(101, tier_of(2, zigzag=True)) == 104
+    assert unit_of(tier_of(2, alignment=6), 4) == 12
+    assert length_of(0, tier_of(2, zigzag=True, alignment=8)) == 32
 
 
 def test_padding_attends_to_itself_in_pieces_that_stay_inside_a_slice():
-    tier = tier_of(2)
-    starts = segment_starts(np.array([100, 30]), 700, tier)
-    assert slice_length(700, tier) == 350
+    starts = segment_starts([100, 30], 700, cp_degree=2, zigzag=False)
     assert starts.tolist() == [0, 100, 130, 258, 350, 478, 606, 700]
-    assert segment_starts(np.array([700]), 700, tier).tolist() == [0, 700]
+    mirrored = segment_starts([100, 30], 400, cp_degree=2, zigzag=True)
+    assert mirrored.tolist() == [0, 100, 130, 200, 300, 400]
+    assert segment_starts(np.array([700]), 700, cp_degree=2, zigzag=False).tolist() == [0, 700]
 
 
 @pytest.mark.parametrize("zigzag", [False, True])
@@ -82,8 +91,7 @@ def test_local_samples_lie_on_their_rank_and_leave_the_work_even(zigzag):
             if rank >= 0:
                 assert set(owner[start : start + length].tolist()) == {rank}
                 work[rank] += length**2
-        t = padded_length(pack.num_tokens, tier)
-        segments = np.diff(segment_starts(pack.lengths, t, tier)).astype(float)
+        segments = np.diff(starts_of(pack, tier)).astype(float)
         padding = (segments[len(pack.lengths) :] ** 2).sum()
         assert work.max() - work.mean() <= UNEVENNESS * (segments**2).sum() / tier.cp_degree + padding
     assert min(counts) > 100  # both kinds were seen
@@ -97,19 +105,19 @@ def test_equal_short_samples_are_all_local_and_a_long_one_is_shared_beside_them(
     assert local_ranks(pack_of([48, 4, 4]), tier_of(2))[0] == -1
 
 
-def as_the_run_time_splits(pack, tier, unit):
-    """For each sample the rank whose split keeps its tokens at home; -1 where they are among the shared ones."""
-    t = padded_length(pack.num_tokens, tier, unit=unit)
-    cu_seqlens, held = segment_starts(pack.lengths, t, tier), local_positions(t, tier)
+def as_the_run_time_splits(pack, tier):
+    """For each sample the rank whose split keeps its tokens local; -1 where they are among the shared ones."""
+    cu_seqlens = starts_of(pack, tier)
+    layout = {"cp_degree": tier.cp_degree, "zigzag": tier.is_zigzag}
+    held = local_positions(int(cu_seqlens[-1]), **layout)
     found = np.full(len(pack.lengths), -1)
     sample = np.repeat(np.arange(len(cu_seqlens) - 1), np.diff(cu_seqlens))
     for rank in range(tier.cp_degree):
         split = split_pack(
-            cu_seqlens, num_tokens=pack.num_tokens, cp_degree=tier.cp_degree, cp_rank=rank, zigzag=tier.is_zigzag,
-            device=torch.device("cpu"),
+            cu_seqlens, num_tokens=pack.num_tokens, cp_rank=rank, device=torch.device("cpu"), **layout
         )  # fmt: skip
-        if split.home is not None:
-            at = slice(None) if split.home_at is None else split.home_at.numpy()
+        if split.local is not None:
+            at = slice(None) if split.local_at is None else split.local_at.numpy()
             here = np.unique(sample[held[rank][at]])
             found[here[here < len(found)]] = rank
     return found
@@ -121,9 +129,8 @@ def as_the_run_time_splits(pack, tier, unit):
     cp_degree=st.sampled_from([2, 3, 4, 8]),
     zigzag=st.booleans(),
     alignment=st.sampled_from([1, 4]),
-    unit=st.sampled_from([1, 2]),
 )
-def test_local_ranks_are_those_of_the_run_time(lengths, cp_degree, zigzag, alignment, unit):
+def test_local_ranks_are_those_of_the_run_time(lengths, cp_degree, zigzag, alignment):
     """Before, `plan show` called every sample local that lies on one rank, and the run time shared some of them."""
     pack, tier = pack_of(lengths), tier_of(cp_degree, zigzag=zigzag, alignment=alignment)
-    assert local_ranks(pack, tier, unit=unit).tolist() == as_the_run_time_splits(pack, tier, unit).tolist()
+    assert local_ranks(pack, tier).tolist() == as_the_run_time_splits(pack, tier).tolist()
