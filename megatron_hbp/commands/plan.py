@@ -11,6 +11,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from rich.console import Console
 from rich.progress import track
 
 from megatron_hbp.commands import shared
@@ -184,7 +185,7 @@ def plan(
     console.print(verdict(made, naive, model), highlight=False)
     for remark in remarks(made, naive, model, topology, misfit):
         console.print(f"[yellow]note:[/] {remark}", highlight=False)
-    console.print(f"plan written to {out} (hash {made.hash})", soft_wrap=True)
+    console.print(f"plan written to {out} (hash {made.hash})", soft_wrap=True, markup=False)
 
 
 def _fitted(model: CostModel, topology: Topology, memory: str | None, *, needed: bool) -> tuple[CostModel, str]:
@@ -214,7 +215,7 @@ def _selected_for(samples: Samples, request: Request) -> Samples:
 
 def _epochs(samples: Samples, request: Request, epochs: int) -> Iterator[Plan]:
     """A plan for each pass, with a progress bar where there are several; the curriculum is in the first."""
-    for epoch in track(range(epochs), description="planning", disable=epochs == 1, transient=True):
+    for epoch in track(range(epochs), "planning", console=Console(stderr=True), disable=epochs == 1, transient=True):
         steps = request.curriculum_steps if epoch == 0 else 0
         seed = epoch_seed(request.seed, epoch)
         yield make_plan(samples, replace(request, seed=seed, curriculum_steps=steps))
@@ -257,7 +258,7 @@ def reschedule_plan(
     console = table_console()
     console.print(tier_table(changed))
     console.print(counts_line(changed), highlight=False)
-    console.print(f"plan written to {out} (hash {changed.hash})", soft_wrap=True)
+    console.print(f"plan written to {out} (hash {changed.hash})", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -290,7 +291,8 @@ def compare(
     if samples.longest > request.limit:
         raise ConfigError(f"a sample of {samples.longest} tokens does not fit the longest tier; add a longer tier")
     planners = contenders() | (_load_planners(peers) if peers else {})
-    found = list(track(compare_all(samples, request, planners), total=len(planners), description="planning"))
+    planned = compare_all(samples, request, planners)
+    found = list(track(planned, "planning", len(planners), console=Console(stderr=True), transient=True))
     settings = {(tier.local_tokens, tier.recompute) for tier in request.tiers}
     bound = lower_bound(
         samples.lengths, model, ranks, settings=[] if model.recompute_layers else list(settings),

@@ -38,7 +38,7 @@ def tier_table(plan: Plan) -> Table:
     """One row per tier: what it is and what it got."""
     table = plain_table(
         f"Plan {plan.hash[:12]}: {plan.num_steps} steps on {plan.num_ranks} ranks ({plan.schedule})",
-        ("tier", "packs", "samples", "tokens", "full", "share of tokens"),
+        ("tier", "packs", "samples", "tokens", "full", "share of\ntokens"),
     )
     sizes = np.diff(plan.pack_offsets)
     total = plan.pack_tokens.sum()
@@ -146,7 +146,6 @@ def comparison_table(contenders: list[Contender], bound: float) -> Table:
     table = plain_table(
         f"N = {width} ranks; epoch: over the lower bound ({bound:,.1f} s, all work / ranks)",
         ("planner", "epoch", "idle", "ABR", "DBR", "PR", "CR", "eta^2", "plan s"),
-        text_width=20,
         caption=f"{legend(('ABR', 'DBR', 'PR', 'CR'))}; eta^2: variance of log-length that the step explains, 0 is "
         "random order",
     )
