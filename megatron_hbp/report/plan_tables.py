@@ -17,7 +17,7 @@ from megatron_hbp.report.picture import pyplot, save_picture
 from megatron_hbp.report.terminal import plain_table
 
 STEP_TOLERANCE = 0.1
-"""Share by which steps may be off the tokens asked for before it is said."""
+"""Share by which steps may exceed the tokens asked for before it is said."""
 
 LEGEND = {
     "ABR": "attention balance ratio, mean of (max - own) / max over ranks of summed squared lengths: 0 is balanced",
@@ -117,11 +117,11 @@ def remarks(plan: Plan, naive: Plan, cost: CostModel, topology: Topology, misfit
         yield f"the plan does not fit into memory: {trouble}"
     if plan_metrics(naive, cost).epoch_seconds <= plan_metrics(plan, cost).epoch_seconds:
         yield "naive packing is modelled as fast: this data has little to balance on these tiers and ranks"
-    tokens = int(plan.pack_tokens.sum()) / plan.num_steps
-    if plan.num_steps > 1 and abs(tokens / plan.step_tokens - 1) > STEP_TOLERANCE:
+    tokens = float(np.median(np.bincount(plan.pack_step, plan.pack_tokens)))
+    if tokens > (1 + STEP_TOLERANCE) * plan.step_tokens:
         slot = plan.num_ranks * min(tier.local_tokens for tier in plan.tiers)
         yield (
-            f"steps hold {tokens:,.0f} tokens on average, {plan.step_tokens:,} were asked for: a step is at least one "
+            f"a step holds {tokens:,.0f} tokens (median), {plan.step_tokens:,} were asked for: it is at least one "
             f"micro-batch on every rank, here {slot:,} token slots; use shorter tiers or fewer ranks for smaller steps"
         )
 
