@@ -1,16 +1,13 @@
 """`hbp simulate`, and the fit of rates to timings."""
 
 import json
-from dataclasses import replace
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.calibrate import RATES, Timing, fit, predict
 from benchmarks.lengths import generate
 from megatron_hbp.cli import app
-from megatron_hbp.errors import ConfigError, DataError, DiskError, PlanError
+from megatron_hbp.errors import ConfigError, DiskError, PlanError
 from megatron_hbp.planning import make_plan, parse_tiers
 from megatron_hbp.planning.core.planfile import save
 from megatron_hbp.planning.core.samples import Samples
