@@ -12,6 +12,7 @@ from megatron_hbp.planning.core.samples import Samples, read_samples
 from megatron_hbp.planning.cost.file import cost_model, from_json
 from megatron_hbp.planning.cost.model import CostModel, MemoryTable
 from megatron_hbp.planning.cost.presets import DEFAULT_COST_MODEL
+from megatron_hbp.planning.request import MAX_SLOT_MULTIPLE
 from megatron_hbp.planning.simulate.placement import place_cost
 
 Lengths = Annotated[Path | None, typer.Option(help="A .npy file with the token count of every sample.")]
@@ -20,7 +21,8 @@ LossTokens = Annotated[Path | None, typer.Option(help="A .npy file with the supe
 Cost = Annotated[str | None, typer.Option(help=f"Cost model or FILE.json; default {DEFAULT_COST_MODEL}.")]
 PlansCost = Annotated[str | None, typer.Option(help="Cost model or FILE.json; default: the plan's own.")]
 SlotMultiple = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Micro-batches of a step come in multiples of this.")
+    int,
+    typer.Option(min=1, max=MAX_SLOT_MULTIPLE, metavar="N", help="Micro-batches of a step come in multiples of this."),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Same seed, same data: same plan.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is there.")]

@@ -105,6 +105,13 @@ def test_curriculum_starts_with_the_short_tier_and_stays_random():
     assert abs(order) < 0.5  # no length order inside the prefix
 
 
+def test_a_curriculum_longer_than_the_epoch_is_the_epoch():
+    lengths = np.random.default_rng(0).integers(20, 8192, 50)
+    plan = plan_of(lengths, curriculum_steps=10**18)
+    assert sorted(plan.sample_ids.tolist()) == list(range(50))
+    assert (np.diff(plan.pack_cp) >= 0).all()
+
+
 def test_repeats_are_planned_as_often_as_asked():
     lengths = np.random.default_rng(0).integers(20, 2000, 50)
     repeats = np.arange(50) % 4

@@ -36,6 +36,7 @@ def test_a_topology_of_ranks_fills_nodes_or_has_smaller_ones():
         ({"num_nodes": 4, "tp": 3}, "do not divide into tensor-parallel groups of 3"),
         ({"num_nodes": 4, "virtual_stages": 2}, "virtual stages need a pipeline"),
         ({"num_nodes": 1, "pp": 3}, "8 GPUs do not divide by TP 1 x PP 3"),
+        ({"num_nodes": 512, "pp": 4096}, "PP 4096 x 1 virtual stages are more than 1024 chunks"),
         ({"num_nodes": 4, "ep": 5}, "32 data-parallel ranks do not divide by EP 5"),
     ],
 )
