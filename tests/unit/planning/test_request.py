@@ -1,5 +1,7 @@
 """What is asked of a planner is checked once, before anything is planned."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,8 @@ TIERS = parse_tiers("1024:cp1,8192:cp4")
 
 
 def request_of(**options):
-    return Request(**{"tiers": TIERS, "num_ranks": 4, "step_tokens": 16384} | options)
+    defaults: dict[str, Any] = {"tiers": TIERS, "num_ranks": 4, "step_tokens": 16384}
+    return Request(**defaults | options)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,7 @@ def test_occurrences_are_counted_cut_and_keep_their_share_of_loss_tokens():
     found = occurrences(samples, request_of(overlong="truncate", longest=3000))
     assert found.ids.tolist() == [0, 0, 1, 2, 2, 2]
     assert found.lengths.tolist() == [10, 10, 3000, 3000, 3000, 3000]
+    assert found.loss_tokens is not None
     assert found.loss_tokens.tolist() == [5, 5, 750, 3000, 3000, 3000]
     assert found.counts == {"dropped": 0, "truncated": 4, "dropped_tokens": 1000 + 3 * 6000}
     dropped = occurrences(samples, request_of(overlong="drop"))

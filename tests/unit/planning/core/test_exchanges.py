@@ -53,8 +53,8 @@ def test_rings_pass_keys_once_more_and_their_gradients_in_fp32():
 
 
 def test_what_cannot_be_used_says_why():
-    assert "does not divide the 8 query heads" in EXCHANGES["a2a"].refusal(LLAMA_70B_TP8, 16)
-    assert "no latent attention" in EXCHANGES["kv_latent"].refusal(LLAMA_8B, 2)
+    assert "does not divide the 8 query heads" in str(EXCHANGES["a2a"].refusal(LLAMA_70B_TP8, 16))
+    assert "no latent attention" in str(EXCHANGES["kv_latent"].refusal(LLAMA_8B, 2))
     assert EXCHANGES["p2p"].refusal(LLAMA_70B_TP8, 16) is None
 
 

@@ -32,13 +32,14 @@ def test_interleaving_divides_the_bubble_by_the_chunks(p, m, v):
 def events_1f1b(forward, backward, p, hop):
     """Stages as state machines: a stage owes a forward while fewer than p - stage micro-batches are in flight."""
     m = len(forward)
-    arrived_forward = [{} for _ in range(p)]  # stage -> micro-batch -> when its input is there
-    arrived_backward = [{} for _ in range(p)]
+    arrived_forward: list[dict[int, int]] = [{} for _ in range(p)]  # stage -> micro-batch -> when its input is there
+    arrived_backward: list[dict[int, int]] = [{} for _ in range(p)]
     arrived_forward[0] = dict.fromkeys(range(m), 0)
     done = [[0, 0] for _ in range(p)]
     idle_since = [0] * p
     running = [False] * p
-    heap, end = [], 0
+    heap: list[tuple[int, int, bool, int]] = []
+    end = 0
 
     def wake(stage):
         forwards, backwards = done[stage]
@@ -86,7 +87,7 @@ def test_1f1b_agrees_with_events(case):
     found = makespan(
         p * np.array([forward], float), p * np.array([backward], float), num_stages=p, hop=np.array([hop], float)
     )
-    assert found[0] == pytest.approx(sum(forward) + sum(backward) if p == 1 else events_1f1b(*case[1:3], p, hop))
+    assert found[0] == pytest.approx(sum(forward) + sum(backward) if p == 1 else events_1f1b(forward, backward, p, hop))
 
 
 def longest_path_interleaved(forward, backward, p, v):

@@ -1,6 +1,7 @@
 """Plans: columns that agree, built from packs in any order, and parts of them."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_two_packs_on_one_rank(plan):
         dataclasses.replace(plan, pack_rank0=moved).check()
 
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "num_ranks": 4, "schedule": "lockstep", "seed": 3, "step_tokens": 9, "cost": {},
     "data": DataFingerprint(num_samples=9, lengths_sha256="0"),
 }  # fmt: skip
@@ -77,7 +78,7 @@ def test_packs_are_built_in_any_order_and_sorted_by_step_slot_and_rank():
 
 
 def test_steps_may_have_more_slots_than_packs_and_a_gang_plan_no_dummies():
-    facts = {
+    facts: dict[str, Any] = {
         "tiers": parse_tiers("8:cp1"), "sample_ids": np.array([0]), "lengths": np.array([3]), "pack_of": np.array([0]),
         "pack_tier": np.array([0]), "step": np.array([0]), "slot": np.array([0]), "rank0": np.array([0]),
         "num_micro_batches": np.array([4]),

@@ -28,8 +28,10 @@ def pack_of(lengths):
 
 
 def tier_of(cp_degree, *, zigzag=False, alignment=1):
-    layout = "zigzag" if zigzag else "contiguous"
-    return Tier(packing_length=2 * 840 * alignment, cp_degree=cp_degree, layout=layout, alignment=alignment)
+    return Tier(
+        packing_length=2 * 840 * alignment, cp_degree=cp_degree, layout="zigzag" if zigzag else "contiguous",
+        alignment=alignment,
+    )  # fmt: skip
 
 
 def length_of(num_tokens, tier):

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from megatron_hbp.planning.cost.presets import PRESETS, preset
 from tests.unit.planning.profiles import PLANTED
 
 LAYER = ("model", "layers", 0, 1)
-WRONG = [
+WRONG: list[tuple[tuple[str | int, ...], Any]] = [
     (("machine", "linear_rate"), -1.0), (("machine", "linear_rate"), 0), (("machine", "linear_rate"), True),
     (("machine", "node_size"), -1), (("machine", "node_size"), 0), (("machine", "memory_reserve"), None),
     (("machine", "overlap"), "x"), (("machine", "cluster_bandwidth"), "1e9"),

@@ -45,6 +45,7 @@ def test_every_row_enters_the_fit_and_none_its_own_held_out_error():
     rows = [row_of(setting, noise=0.05, seed=i) for i, setting in enumerate(GRID)]
     before = {one.row.setting: one for one in fit_profile(table_of(rows), name="x").errors}
     for i, row in enumerate(rows):
+        assert row.seconds is not None
         slower = replace(row, seconds=row.seconds * (1 + 1e-6))
         fit = fit_profile(table_of([*rows[:i], slower, *rows[i + 1 :]]), name="x")
         (after,) = (one for one in fit.errors if one.row.setting == row.setting)

@@ -56,7 +56,8 @@ def test_a_layer_is_rebuilt_while_its_own_micro_batch_is_in_flight(p, v):
     rng = np.random.default_rng(p)
     held, rebuilt = rng.integers(1, 50, m).astype(float), rng.integers(0, 90, m).astype(float)
     for stage, passes in enumerate(stage_orders(p, m, v)):
-        inside, most = [], 0.0
+        inside: list[tuple[int, int]] = []
+        most = 0.0
         for backward, chunk, batch in passes:
             if backward:
                 most = max(most, sum(held[one] for _, one in inside) / (p * v) + rebuilt[batch])

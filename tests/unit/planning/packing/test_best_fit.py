@@ -19,7 +19,8 @@ def test_long_samples_are_packed_as_tightly_as_by_best_fit():
 
 def test_best_fit_decreasing_equals_the_plain_form():
     lengths = RNG.integers(1, 60, 200)
-    rooms, pack_of = [], np.empty(len(lengths), int)
+    rooms: list[int] = []
+    pack_of = np.empty(len(lengths), int)
     for sample in longest_first(lengths):
         fitting = [pack for pack, room in enumerate(rooms) if room >= lengths[sample]]
         pack = min(fitting, key=lambda pack: (rooms[pack], pack), default=len(rooms))

@@ -1,5 +1,7 @@
 """From samples to packs of several tiers."""
 
+from typing import Any
+
 import numpy as np
 
 from megatron_hbp.planning import parse_tiers
@@ -14,7 +16,7 @@ TIERS = "1024:cp1,8192:cp4"
 def test_a_boundary_belongs_to_the_lower_tier():
     lengths = np.array([1, 1023, 1024, 1025, 8191, 8192, 8193])
     assert group_data(lengths, parse_tiers(TIERS)).tolist() == [0, 0, 0, 1, 1, 1, 2]
-    options = {"num_ranks": 4, "step_tokens": 16384}
+    options: dict[str, Any] = {"num_ranks": 4, "step_tokens": 16384}
     assert plan_of([1024] * 4, TIERS, **options).pack_cp.tolist() == [1] * 4
     assert plan_of([1025], TIERS, **options).pack_cp.tolist() == [4]
 

@@ -26,7 +26,8 @@ def test_methods_pack_well(name, padding):
 
 
 def naive_first_fit(lengths, capacity, order):
-    loads, pack_of = [], np.empty(len(lengths), int)
+    loads: list[int] = []
+    pack_of = np.empty(len(lengths), int)
     for sample in order:
         pack = next((p for p, load in enumerate(loads) if load + lengths[sample] <= capacity), len(loads))
         if pack == len(loads):

@@ -1,5 +1,7 @@
 """Steps alike in loss tokens, by trades that change nothing else."""
 
+from typing import Any
+
 import numpy as np
 
 from benchmarks.lengths import generate
@@ -24,7 +26,7 @@ def lengths_of_step(plan, step):
 def test_loss_tokens_even_out():
     lengths = np.random.default_rng(0).integers(20, 900, 20000)
     loss = few_for_some(lengths)
-    options = {"num_ranks": 4, "step_tokens": 65536}
+    options: dict[str, Any] = {"num_ranks": 4, "step_tokens": 65536}
     blind = plan_of(lengths, "16384:cp1", **options)
     aware = plan_of(lengths, "16384:cp1", **options, loss_tokens=loss)
     full = np.bincount(aware.pack_step, aware.pack_tokens) > 60000  # one step of 140 is what is left
@@ -40,7 +42,7 @@ def test_loss_tokens_even_out_where_few_long_samples_make_a_step():
     lengths = np.concatenate([generate("mix", num_samples=30_000), rng.integers(16385, 131073, 800)])
     loss = few_for_some(lengths)
     tiers = tuple(COST.with_recompute(t) for t in parse_tiers("16384:cp1,32768:cp2,65536:cp4,131072:cp8"))
-    options = {"tiers": tiers, "num_ranks": 32, "step_tokens": 524288}
+    options: dict[str, Any] = {"tiers": tiers, "num_ranks": 32, "step_tokens": 524288}
     blind, aware = plan_of(lengths, **options), plan_of(lengths, **options, loss_tokens=loss)
     assert sorted(aware.sample_ids.tolist()) == list(range(len(lengths)))
     wide_steps = np.unique(blind.pack_step[blind.pack_cp == 8])

@@ -159,7 +159,7 @@ def test_what_is_selected_fits_by_the_simulators_estimate(cost, num_ranks, cut):
     found = select_joint(samples, request, num_planned=2)
     for one in found.tried:
         memory = simulate(make_plan(samples, replace(request, tiers=one.tiers)), cost, topology).memory
-        assert memory.headroom >= (-memory.reserve if pp > 1 else 0), one.tiers
+        assert memory is not None and memory.headroom >= (-memory.reserve if pp > 1 else 0), one.tiers
 
 
 def test_errors():

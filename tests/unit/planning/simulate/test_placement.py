@@ -74,6 +74,7 @@ def test_a_cost_model_of_ones_own_is_simulated_at_any_tensor_parallel_width_and_
     found = simulate(plan, mine, Topology(num_nodes=tp, tp=tp))
     # four layers of q, k, v, o and the MLP, two embeddings; 8 ranks share Adam's 12 bytes
     parameters = 4 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 8192) + 2 * 512 * 100_000
+    assert found.memory is not None
     assert found.memory.states == pytest.approx(parameters / tp * (6 + 12 / 8))
     assert found.memory.limit == 1e9 and found.memory.activations > 0
 

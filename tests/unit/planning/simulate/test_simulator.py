@@ -19,9 +19,13 @@ SHARDED = Topology(num_nodes=4, fully_sharded=True)
 
 
 def plan_of(ranks=32, slots=8, cost=LLAMA, tiers=TIERS, **options):
-    return plans.plan_of(
-        LENGTHS, tiers, num_ranks=ranks, step_tokens=slots * ranks * 16384, cost=cost, **options
-    )  # fmt: skip
+    return plans.plan_of(LENGTHS, tiers, num_ranks=ranks, step_tokens=slots * ranks * 16384, cost=cost, **options)
+
+
+def memory_of(plan, topology=SHARDED, cost=LLAMA):
+    memory = simulate(plan, cost, topology).memory
+    assert memory is not None
+    return memory
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "gang"])
@@ -37,7 +41,7 @@ def test_without_a_pipeline_an_epoch_is_what_the_metrics_say(schedule):
 def test_lockstep_is_the_sum_of_the_slowest_packs():
     plan = plan_of(ranks=8, slots=2)
     seconds = LLAMA.pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
-    slowest = {}
+    slowest: dict[tuple[int, int], float] = {}
     for step, slot, value in zip(plan.pack_step, plan.pack_slot, seconds, strict=True):
         slowest[step, slot] = max(slowest.get((step, slot), 0.0), value)
     found = simulate(plan, LLAMA, Topology(num_nodes=1, fully_sharded=True))
@@ -104,18 +108,20 @@ def test_heads_that_do_not_divide_are_priced_by_another_exchange_unless_the_tier
 def test_memory_of_the_8b_settings_in_the_papers_table():
     """What the paper ran fits 80 GB with everything sharded; without recompute 16K on a GPU does not."""
     for tiers in ("16384:cp1:full28,131072:cp8:full28", "131072:cp8:full29"):
-        assert simulate(plan_of(tiers=tiers), LLAMA, SHARDED).memory.headroom > 0
-    memory = simulate(plan_of(tiers="16384:cp1,131072:cp8"), LLAMA, SHARDED).memory
+        assert memory_of(plan_of(tiers=tiers)).headroom > 0
+    memory = memory_of(plan_of(tiers="16384:cp1,131072:cp8"))
     assert memory.headroom < 0
-    modules = simulate(plan_of(tiers="16384:cp1:sel=mlp,131072:cp8:sel=mlp"), LLAMA, SHARDED).memory
+    modules = memory_of(plan_of(tiers="16384:cp1:sel=mlp,131072:cp8:sel=mlp"))
     assert modules.peak > memory.peak  # shapes do not tell what modules keep: nothing saved, one of them rebuilt
     assert memory.activations == pytest.approx(16384 * 32 * 139264, rel=0.01)
 
 
 def test_pipelines_need_memory_for_the_micro_batches_in_flight():
     plan = plan_of(ranks=8, slots=16, slot_multiple=4)
-    plain, interleaved = (simulate(plan, LLAMA, Topology(num_nodes=4, pp=4, virtual_stages=v)) for v in (1, 2))
-    assert interleaved.memory.activations > plain.memory.activations
+    topologies = [Topology(num_nodes=4, pp=4, virtual_stages=v) for v in (1, 2)]
+    kept, kept_interleaved = (memory_of(plan, topology).activations for topology in topologies)
+    assert kept_interleaved > kept
+    plain, interleaved = (simulate(plan, LLAMA, topology) for topology in topologies)
     assert interleaved.bubble.sum() < plain.bubble.sum()
 
 
@@ -142,4 +148,4 @@ def test_an_overlap_is_a_share():
 def test_a_machine_whose_memory_is_not_known_has_no_estimate():
     plan = plan_of()
     assert simulate(plan, LLAMA.with_machine(memory=np.inf), SHARDED).memory is None
-    assert simulate(plan, LLAMA.with_machine(memory=90e9), SHARDED).memory.limit == 90e9
+    assert memory_of(plan, cost=LLAMA.with_machine(memory=90e9)).limit == 90e9
