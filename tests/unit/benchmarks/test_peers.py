@@ -15,6 +15,7 @@ from megatron_hbp.planning import Request, Samples, parse_tiers
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic
 from megatron_hbp.planning.peers.skrull import skrull
 from megatron_hbp.planning.peers.static_cp import static_cp
+from megatron_hbp.planning.request import Planner
 from tests.unit.planning.peers.sets import (
     COST,
     RANKS,
@@ -25,7 +26,7 @@ from tests.unit.planning.peers.sets import (
     plan_by,
 )
 
-PEERS = {
+PEERS: dict[str, Planner] = {
     "balanced": balanced_cp,
     "balanced, as it runs": partial(balanced_cp, packed=False),
     "flexsp": partial(flexsp, time_limit=0.3, num_buckets=4, trials=1),
