@@ -11,6 +11,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from rich.console import Console
 from rich.progress import track
 
 from megatron_hbp.commands import shared
@@ -22,7 +23,7 @@ from megatron_hbp.planning.core.machine import Topology
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.core.rows import plan_rows
 from megatron_hbp.planning.core.samples import Samples
-from megatron_hbp.planning.core.tiers import FORM, parse_tiers
+from megatron_hbp.planning.core.tiers import parse_tiers
 from megatron_hbp.planning.cost import profile_table
 from megatron_hbp.planning.cost.file import cost_file_of, cost_model
 from megatron_hbp.planning.cost.memory import fitted
@@ -81,30 +82,43 @@ class Select(StrEnum):
 
 Packing = StrEnum("Packing", {name: name for name in (OUR_PACKING, *METHODS)})  # type: ignore[misc]
 
+COMPARED_TIERS = "16384:cp1,32768:cp2,65536:cp4,131072:cp8"
+TIERS_HELP = (
+    "LENGTH:cpN, with :none, :fullN or :sel=MODULE+..., :exchange=NAME, :kernel=NAME, :zigzag or :contiguous, :alignN; "
+    "for example 16384:cp1:full28,131072:cp8."
+)
+PACKING_HELP = f"{OUR_PACKING} is ours; the paper's pipeline runs with {', '.join(METHODS)}."
+
 
 @app.callback()
 def plan(
     context: typer.Context,
     lengths: shared.Lengths = None,
     store: shared.Store = None,
-    ranks: Annotated[int | None, typer.Option(help="Data-parallel ranks: world size / (TP x PP).")] = None,
-    tiers: Annotated[str | None, typer.Option(help=f"{FORM}.")] = None,
-    step_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")] = None,
+    ranks: Annotated[int | None, typer.Option(metavar="N", help="Data-parallel ranks: world size / (TP x PP).")] = None,
+    tiers: Annotated[str | None, typer.Option(help=TIERS_HELP)] = None,
+    step_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens of one optimizer step.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the plan goes.")] = None,
     overwrite: shared.Overwrite = False,
     seed: shared.Seed = 0,
-    schedule: Annotated[Schedule, typer.Option(help="gang: dense models without pipeline.")] = Schedule.lockstep,
-    packing: Annotated[Packing, typer.Option(help="balanced is ours; others run the paper's pipeline.")] = Packing(
-        OUR_PACKING
-    ),
+    schedule: Annotated[
+        Schedule, typer.Option(metavar="KIND", help="lockstep, or gang: for dense models without pipeline.")
+    ] = Schedule.lockstep,
+    packing: Annotated[Packing, typer.Option(metavar="METHOD", help=PACKING_HELP)] = Packing(OUR_PACKING),
     cost: shared.Cost = None,
     loss_tokens: shared.LossTokens = None,
-    overlong: Annotated[Overlong, typer.Option(help="Samples longer than the longest tier.")] = Overlong.error,
-    longest: Annotated[int | None, typer.Option(min=1, help="Longer samples are over-long; see --overlong.")] = None,
-    curriculum_steps: Annotated[int, typer.Option(min=0, help="Steps at the start with the short tier only.")] = 0,
+    overlong: Annotated[
+        Overlong, typer.Option(metavar="HOW", help="error, drop or truncate: samples longer than the longest tier.")
+    ] = Overlong.error,
+    longest: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Longer samples are over-long; see --overlong.")
+    ] = None,
+    curriculum_steps: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Steps at the start with the short tier only.")
+    ] = 0,
     slot_multiple: shared.SlotMultiple = 1,
     epochs: Annotated[
-        int, typer.Option(min=1, max=MAX_EPOCHS, help="Passes over the data, each in an order of its own.")
+        int, typer.Option(min=1, max=MAX_EPOCHS, metavar="N", help="Passes over the data, each in an order of its own.")
     ] = 1,
     tp: shared.Tp = 1,
     pp: shared.Pp = 1,
@@ -118,7 +132,8 @@ def plan(
         Path | None, typer.Option(help="--auto: the table of `hbp profile`; its cost model lies beside it.")
     ] = None,
     hbp_select: Annotated[
-        Select | None, typer.Option(help="--auto: joint (default; least modelled epoch), or paper (its two stages).")
+        Select | None,
+        typer.Option(metavar="HOW", help="--auto: joint (default; least modelled epoch), or paper (its two stages)."),
     ] = None,
     equal_local_tokens: Annotated[
         bool, typer.Option("--equal-local-tokens", help="--auto: static shapes, as many tokens on a rank in all tiers.")
@@ -170,7 +185,7 @@ def plan(
     console.print(verdict(made, naive, model), highlight=False)
     for remark in remarks(made, naive, model, topology, misfit):
         console.print(f"[yellow]note:[/] {remark}", highlight=False)
-    console.print(f"plan written to {out} (hash {made.hash})", soft_wrap=True)
+    console.print(f"plan written to {out} (hash {made.hash})", soft_wrap=True, markup=False)
 
 
 def _fitted(model: CostModel, topology: Topology, memory: str | None, *, needed: bool) -> tuple[CostModel, str]:
@@ -200,7 +215,7 @@ def _selected_for(samples: Samples, request: Request) -> Samples:
 
 def _epochs(samples: Samples, request: Request, epochs: int) -> Iterator[Plan]:
     """A plan for each pass, with a progress bar where there are several; the curriculum is in the first."""
-    for epoch in track(range(epochs), description="planning", disable=epochs == 1, transient=True):
+    for epoch in track(range(epochs), "planning", console=Console(stderr=True), disable=epochs == 1, transient=True):
         steps = request.curriculum_steps if epoch == 0 else 0
         seed = epoch_seed(request.seed, epoch)
         yield make_plan(samples, replace(request, seed=seed, curriculum_steps=steps))
@@ -243,7 +258,7 @@ def reschedule_plan(
     console = table_console()
     console.print(tier_table(changed))
     console.print(counts_line(changed), highlight=False)
-    console.print(f"plan written to {out} (hash {changed.hash})", soft_wrap=True)
+    console.print(f"plan written to {out} (hash {changed.hash})", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -251,11 +266,13 @@ def compare(
     lengths: shared.Lengths = None,
     store: shared.Store = None,
     ranks: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 32,
-    tiers: Annotated[str, typer.Option(help="Tiers of the plan.")] = "16384:cp1,32768:cp2,65536:cp4,131072:cp8",
+    tiers: Annotated[
+        str, typer.Option(help="Tiers of the plan.", show_default=COMPARED_TIERS.replace(",", ", "))
+    ] = COMPARED_TIERS,
     step_tokens: Annotated[int, typer.Option(help="Tokens of one optimizer step.")] = 524288,
     cost: shared.Cost = None,
     seed: shared.Seed = 0,
-    max_samples: Annotated[int, typer.Option(min=1, help="Compare on a random draw of so many.")] = 50000,
+    max_samples: Annotated[int, typer.Option(min=1, metavar="N", help="Compare on a random draw of so many.")] = 50000,
     picture: Annotated[Path | None, typer.Option(help="Draw idle and epoch times to a PNG or SVG file.")] = None,
     peers: Annotated[Path | None, typer.Option(help="A Python file with more planners, PLANNERS = {name: f}.")] = None,
 ) -> None:
@@ -274,7 +291,8 @@ def compare(
     if samples.longest > request.limit:
         raise ConfigError(f"a sample of {samples.longest} tokens does not fit the longest tier; add a longer tier")
     planners = contenders() | (_load_planners(peers) if peers else {})
-    found = list(track(compare_all(samples, request, planners), total=len(planners), description="planning"))
+    planned = compare_all(samples, request, planners)
+    found = list(track(planned, "planning", len(planners), console=Console(stderr=True), transient=True))
     settings = {(tier.local_tokens, tier.recompute) for tier in request.tiers}
     bound = lower_bound(
         samples.lengths, model, ranks, settings=[] if model.recompute_layers else list(settings),

@@ -12,6 +12,7 @@ from megatron_hbp.planning.core.samples import Samples, read_samples
 from megatron_hbp.planning.cost.file import cost_model, from_json
 from megatron_hbp.planning.cost.model import CostModel, MemoryTable
 from megatron_hbp.planning.cost.presets import DEFAULT_COST_MODEL
+from megatron_hbp.planning.request import MAX_SLOT_MULTIPLE
 from megatron_hbp.planning.simulate.placement import place_cost
 
 Lengths = Annotated[Path | None, typer.Option(help="A .npy file with the token count of every sample.")]
@@ -19,16 +20,23 @@ Store = Annotated[Path | None, typer.Option(help="A token store made by `hbp pre
 LossTokens = Annotated[Path | None, typer.Option(help="A .npy file with the supervised tokens of every sample.")]
 Cost = Annotated[str | None, typer.Option(help=f"Cost model or FILE.json; default {DEFAULT_COST_MODEL}.")]
 PlansCost = Annotated[str | None, typer.Option(help="Cost model or FILE.json; default: the plan's own.")]
-SlotMultiple = Annotated[int, typer.Option(min=1, help="Micro-batches of a step come in multiples of this.")]
-Seed = Annotated[int, typer.Option(min=0, help="Same seed, same data: same plan.")]
+SlotMultiple = Annotated[
+    int,
+    typer.Option(min=1, max=MAX_SLOT_MULTIPLE, metavar="N", help="Micro-batches of a step come in multiples of this."),
+]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Same seed, same data: same plan.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is there.")]
-Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel GPUs.")]
-Pp = Annotated[int, typer.Option(min=1, help="Pipeline stages.")]
-VirtualStages = Annotated[int, typer.Option(min=1, help="Model chunks of a stage (interleaved 1F1B).")]
-Ep = Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")]
-GpusPerNode = Annotated[int, typer.Option(min=1, help="GPUs of a node.")]
-GpuMemory = Annotated[float | None, typer.Option(min=1.0, help="GB of a GPU; default: the cost model's (80).")]
-Memory = Annotated[str | None, typer.Option(help="LOCAL_TOKENS:LAYERS,... fewest recomputed layers that fit.")]
+Tp = Annotated[int, typer.Option(min=1, metavar="N", help="Tensor-parallel GPUs.")]
+Pp = Annotated[int, typer.Option(min=1, metavar="N", help="Pipeline stages.")]
+VirtualStages = Annotated[int, typer.Option(min=1, metavar="N", help="Model chunks of a stage (interleaved 1F1B).")]
+Ep = Annotated[int, typer.Option(min=1, metavar="N", help="Expert-parallel ranks.")]
+GpusPerNode = Annotated[int, typer.Option(min=1, metavar="N", help="GPUs of a node.")]
+GpuMemory = Annotated[
+    float | None, typer.Option(min=1.0, metavar="GB", help="GB of a GPU; default: the cost model's (80).")
+]
+Memory = Annotated[
+    str | None, typer.Option(metavar="TABLE", help="LOCAL_TOKENS:LAYERS,... the fewest recomputed layers that fit.")
+]
 
 
 def read_input(lengths: Path | None, store: Path | None, loss_tokens: Path | None) -> Samples:

@@ -21,22 +21,34 @@ from megatron_hbp.report.terminal import table_console
 
 def simulate_plan(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN")],
-    nodes: Annotated[int, typer.Option(help="Nodes.")],
+    nodes: Annotated[int, typer.Option(metavar="N", help="Nodes.")],
     gpus_per_node: shared.GpusPerNode = 8,
     tp: shared.Tp = 1,
     pp: shared.Pp = 1,
     virtual_stages: shared.VirtualStages = 1,
     ep: shared.Ep = 1,
     cost: shared.PlansCost = None,
-    node_bandwidth: Annotated[float | None, typer.Option(min=1.0, help="GB/s of a GPU inside a node.")] = None,
-    cluster_bandwidth: Annotated[float | None, typer.Option(min=1.0, help="GB/s of a GPU between nodes.")] = None,
-    overlap: Annotated[float, typer.Option(help="Share of compute under which exchanges hide, 0 to 1.")] = 0.0,
-    overlap_gradients: Annotated[bool, typer.Option(help="Hide gradient sync under passes.")] = True,
-    fully_sharded: Annotated[bool, typer.Option(help="Weights and gradients are sharded too.")] = False,
+    node_bandwidth: Annotated[
+        float | None, typer.Option(min=1.0, metavar="GB/S", help="GB/s of a GPU inside a node.")
+    ] = None,
+    cluster_bandwidth: Annotated[
+        float | None, typer.Option(min=1.0, metavar="GB/S", help="GB/s of a GPU between nodes.")
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(metavar="X", help="Share of compute under which exchanges hide, 0 to 1.")
+    ] = 0.0,
+    no_overlap_gradients: Annotated[
+        bool, typer.Option("--no-overlap-gradients", help="Do not hide the gradient sync under passes.")
+    ] = False,
+    fully_sharded: Annotated[
+        bool, typer.Option("--fully-sharded", help="Weights and gradients are sharded too.")
+    ] = False,
     gpu_memory: shared.GpuMemory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every step.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw steps over time to a PNG or SVG file.")] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="The step to draw; default: the one that waits most.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="The step to draw; default: the one that waits most.")
+    ] = None,
 ) -> None:
     """Simulate a plan on a cluster: epoch, idle time by cause, GPU days, memory."""
     given = {"node-bandwidth": node_bandwidth, "cluster-bandwidth": cluster_bandwidth, "gpu-memory": gpu_memory}
@@ -53,7 +65,7 @@ def simulate_plan(
     model = shared.placed_cost(shared.plan_cost(plan, cost), topology, gpu_memory, **links)
     if step is not None and step >= plan.num_steps:
         raise ConfigError(f"--step {step}: the plan has steps 0 to {plan.num_steps - 1}")
-    found = simulate(plan, model, topology, overlap=overlap, overlap_gradients=overlap_gradients)
+    found = simulate(plan, model, topology, overlap=overlap, overlap_gradients=not no_overlap_gradients)
     if as_json:
         sys.stdout.write(json.dumps(as_rows(plan, found)) + "\n")
     else:

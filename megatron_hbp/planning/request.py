@@ -19,7 +19,9 @@ Schedule = Literal["lockstep", "gang"]
 MAX_STEP_TOKENS = 2**53
 """Beyond that sums of tokens are no longer exact in float64."""
 MAX_RANKS = 2**17
-"""Data-parallel ranks: more than the largest clusters have, and few enough that a mistyped number is refused at once."""
+"""Data-parallel ranks: more than the largest clusters have; a mistyped number is refused at once."""
+MAX_SLOT_MULTIPLE = 1024
+"""The largest pipeline; a step is filled up with dummies to a multiple of it."""
 OUR_PACKING = "balanced"
 """Packs full and alike in content (packing/hierarchical.py); other names are those of packing/methods.py."""
 
@@ -56,8 +58,10 @@ class Request:
             raise ConfigError(f"step tokens must be between 1 and {MAX_STEP_TOKENS}, got {self.step_tokens}")
         if self.schedule not in ("lockstep", "gang"):
             raise ConfigError(f"unknown schedule {self.schedule!r}; there are lockstep and gang")
-        if self.curriculum_steps < 0 or self.slot_multiple < 1:
-            raise ConfigError("curriculum steps must be at least 0 and the slot multiple at least 1")
+        if self.curriculum_steps < 0:
+            raise ConfigError(f"curriculum steps must be at least 0, got {self.curriculum_steps}")
+        if not 1 <= self.slot_multiple <= MAX_SLOT_MULTIPLE:
+            raise ConfigError(f"the slot multiple must be between 1 and {MAX_SLOT_MULTIPLE}, got {self.slot_multiple}")
         if self.schedule == "gang" and self.packing != OUR_PACKING:
             raise ConfigError(f"packing {self.packing!r} requires --schedule lockstep; a gang schedule packs by itself")
 

@@ -13,18 +13,21 @@ from megatron_hbp.report.terminal import plain_table, table_console
 
 def fit_table(table: ProfileTable, fit: ProfileFit) -> Table:
     """A line per row: setting, measured, fitted, error in the fit of all rows and in one that did not see the row."""
-    headings = ("recompute", "tokens", "CP", "samples", "measured ms", "fitted ms", "error", "held out", "peak MiB")
+    headings = (
+        "recompute", "tokens", "CP", "samples", "measured\nms", "fitted\nms", "error", "held\nout", "peak\nMiB"
+    )  # fmt: skip
     lines = plain_table(f"{table.header.device}: {len(table.rows)} rows, dtype {table.header.dtype}", headings)
     errors = {each.row.setting: each for each in fit.errors}
     for row in sorted(table.rows, key=lambda r: (r.tokens, r.cp_degree, r.recompute, r.squares)):
-        head = (row.recompute, f"{row.tokens:,}", str(row.cp_degree), str(SHAPES[row.shape]))
+        recompute = f"{row.recompute}: {row.why}" if row.why else row.recompute
+        head = (recompute, f"{row.tokens:,}", str(row.cp_degree), str(SHAPES[row.shape]))
         peak = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else ""
         if row.setting in errors and row.seconds:
             one = errors[row.setting]
             seconds = (f"{row.seconds * 1e3:,.1f}", f"{one.predicted * 1e3:,.1f}")
             lines.add_row(*head, *seconds, f"{one.error:+.1%}", f"{one.held_out_error:+.1%}", peak)
         else:
-            lines.add_row(*head, "", "", "", row.why, peak)
+            lines.add_row(*head, "", "", "", "", peak)
     return lines
 
 
@@ -43,16 +46,18 @@ def print_fit(table: ProfileTable, fit: ProfileFit, out: Path, cost_file: Path) 
     console.print(fit_table(table, fit))
     for line in fit_lines(fit):
         console.print(line, highlight=False)
-    console.print(f"profile table written to {out}, cost model to {cost_file}", soft_wrap=True, highlight=False)
+    console.print(
+        f"profile table written to {out}, cost model to {cost_file}", soft_wrap=True, highlight=False, markup=False
+    )
     ways = f"hbp plan --auto --profile {out} ..., or with tiers of your own, --tiers ... --cost {cost_file}"
-    console.print(f"plan with it: {ways}", soft_wrap=True, highlight=False)
+    console.print(f"plan with it: {ways}", soft_wrap=True, highlight=False, markup=False)
 
 
 def check_table(plan: Plan, predicted: np.ndarray, measured: np.ndarray) -> Table:
     """Predicted against measured seconds [packs], a line per tier."""
     lines = plain_table(
         "Packs of a plan that the fit never saw",
-        ("tier", "packs", "measured ms, least to most", "rank correlation", "median error", "worst"),
+        ("tier", "packs", "measured ms,\nleast to most", "rank\ncorrelation", "median\nerror", "worst"),
     )
     for index, tier in enumerate(plan.tiers):
         packs = plan.pack_tier == index

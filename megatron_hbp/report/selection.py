@@ -29,9 +29,8 @@ def selection_table(selection: Selection, *, cost_model: str) -> Table:
     table = plain_table(
         f"Tiers tried on {selection.num_samples:,} samples; seconds as modelled by {cost_model}, "
         f"lower bound {selection.bound:,.1f} s",
-        ("", "tiers", "epoch s", "bound", "recompute s", "exchange s", "equal"),
+        ("", "tiers", "epoch s", "bound", "recompute\ns", "exchange\ns", "equal"),
         left=2,
-        text_width=22,
         caption="bound: epoch over the lower bound; equal: as many tokens on a rank in every tier (static shapes)",
     )
     for one in selection.tried:
@@ -42,7 +41,7 @@ def selection_table(selection: Selection, *, cost_model: str) -> Table:
 def _cells(one: Candidate, selection: Selection) -> tuple[str, ...]:
     marks = ["chosen"] * (one.tiers == selection.tiers) + ["paper"] * (one.source == "paper")
     return (
-        " ".join(marks), " ".join(map(str, one.tiers)), f"{one.seconds:,.1f}", f"{one.seconds / selection.bound:.3f}",
+        "\n".join(marks), " ".join(map(str, one.tiers)), f"{one.seconds:,.1f}", f"{one.seconds / selection.bound:.3f}",
         f"{one.recompute_seconds:,.1f}", f"{one.exchange_seconds:,.1f}",
         "yes" if one.has_equal_local_tokens else "no",
     )  # fmt: skip

@@ -16,18 +16,17 @@ def table_console() -> Console:
     return console if console.width >= LEAST_WIDTH else Console(width=LEAST_WIDTH)
 
 
-def plain_table(
-    title: str, headings: Sequence[str], *, left: int = 1, text_width: int | None = None, caption: str = ""
-) -> Table:
-    """An empty table without vertical lines; the first `left` columns are text, the others numbers.
+def plain_table(title: str, headings: Sequence[str], *, left: int = 1, caption: str = "") -> Table:
+    """An empty table without vertical lines, after a blank line; the first `left` columns are text, the others numbers.
 
-    The last of the text columns is at least `text_width` wide.
+    Text is broken where the table would be wider than the console, numbers never are. Headings of numbers break at
+    their newlines alone.
     """
     table = Table(
-        title=title, title_justify="left", caption=caption or None, caption_justify="left", box=box.SIMPLE_HEAD,
-        pad_edge=False, padding=(0, 1),
+        title=f"\n{title}", title_justify="left", caption=caption or None, caption_justify="left", box=box.SIMPLE_HEAD,
+        show_edge=False, pad_edge=False, padding=(0, 1), collapse_padding=True,
     )  # fmt: skip
     for index, heading in enumerate(headings):
-        width = text_width if index == left - 1 else None
-        table.add_column(heading, justify="left" if index < left else "right", overflow="fold", min_width=width)
+        is_text = index < left
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     return table

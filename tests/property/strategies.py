@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_hbp.planning import Tier
+from megatron_hbp.planning import Request, Samples, Tier
 
 
 @st.composite
@@ -22,17 +22,17 @@ def tier_sets(draw, max_ranks: int = 16):
 
 @st.composite
 def planning_cases(draw, max_samples: int = 120):
-    """Arguments of make_plan: lengths are any mix of uniform, boundary and constant ones."""
+    """(samples, request): lengths are any mix of uniform, boundary and constant ones."""
     tiers, num_ranks = draw(tier_sets())
     limit = tiers[-1].packing_length
     boundaries = [length for tier in tiers for length in (tier.packing_length - 1, tier.packing_length)]
     boundaries += [tier.packing_length + 1 for tier in tiers[:-1]] + [1]
     one = st.integers(1, limit) | st.sampled_from([max(1, length) for length in boundaries])
     lengths = draw(st.lists(one, min_size=1, max_size=max_samples))
-    return {
-        "lengths": np.array(lengths, np.int64),
-        "tiers": tiers,
-        "num_ranks": num_ranks,
-        "step_tokens": draw(st.integers(1, 4 * num_ranks * limit)),
-        "seed": draw(st.integers(0, 3)),
-    }
+    request = Request(
+        tiers=tiers,
+        num_ranks=num_ranks,
+        step_tokens=draw(st.integers(1, 4 * num_ranks * limit)),
+        seed=draw(st.integers(0, 3)),
+    )
+    return Samples.of(np.array(lengths, np.int64)), request

@@ -1,15 +1,16 @@
 """What must hold for every plan, on thousands of random cases."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import planning_cases
 
 from megatron_hbp.planning import make_plan
-from megatron_hbp.planning.cost.model import PRESETS
+from megatron_hbp.planning.cost.presets import PRESETS
 from megatron_hbp.planning.measure.metrics import plan_metrics
+from tests.property.strategies import planning_cases
 
 COST = PRESETS["llama3.1-8b-h100"]
 assert_close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
@@ -18,18 +19,21 @@ assert_close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
 @settings(max_examples=600, deadline=None)
 @given(planning_cases())
 def test_every_sample_once_and_no_pack_too_full(case):
-    plan = make_plan(**case)
+    samples, request = case
+    plan = make_plan(samples, request)
     plan.check()
-    assert sorted(plan.sample_ids.tolist()) == list(range(len(case["lengths"])))
-    np.testing.assert_array_equal(plan.lengths, case["lengths"][plan.sample_ids])
+    assert sorted(plan.sample_ids.tolist()) == list(range(len(samples)))
+    np.testing.assert_array_equal(plan.lengths, samples.lengths[plan.sample_ids])
     assert (plan.pack_tokens <= plan.pack_capacity).all()
 
 
 @settings(max_examples=300, deadline=None)
 @given(planning_cases(), st.sampled_from([1, 3, 20]))
 def test_loss_tokens_move_samples_but_no_packs(case, one_in):
-    lengths = case["lengths"]
-    blind, aware = make_plan(**case), make_plan(**case, loss_tokens=np.maximum(1, lengths // (1 + lengths % one_in)))
+    samples, request = case
+    lengths = samples.lengths
+    counted = replace(samples, loss_tokens=np.maximum(1, lengths // (1 + lengths % one_in)))
+    blind, aware = make_plan(samples, request), make_plan(counted, request)
     aware.check()
     assert sorted(aware.sample_ids.tolist()) == list(range(len(lengths)))
     assert (aware.pack_tokens <= aware.pack_capacity).all()
@@ -40,7 +44,8 @@ def test_loss_tokens_move_samples_but_no_packs(case, one_in):
 @settings(max_examples=300, deadline=None)
 @given(planning_cases())
 def test_lockstep_gives_every_rank_the_same_slots(case):
-    plan = make_plan(**case)
+    samples, request = case
+    plan = make_plan(samples, request)
     busy = plan.grid.max(axis=2) >= 0
     used = np.arange(plan.max_micro_batches) < plan.num_micro_batches[:, None]
     np.testing.assert_array_equal(busy, used)  # no slot is empty, none lies beyond the count
@@ -51,7 +56,8 @@ def test_lockstep_gives_every_rank_the_same_slots(case):
 @settings(max_examples=300, deadline=None)
 @given(planning_cases(max_samples=40))
 def test_metrics_equal_brute_force(case):
-    plan = make_plan(**case)
+    samples, request = case
+    plan = make_plan(samples, request)
     token_rows, square_rows, second_rows = [], [], []
     for step in range(plan.num_steps):
         for slot in range(plan.num_micro_batches[step]):
@@ -72,7 +78,7 @@ def test_metrics_equal_brute_force(case):
             square_rows.append(squares)
             second_rows.append(seconds)
     found = plan_metrics(plan, COST)
-    total = case["lengths"].sum()
+    total = samples.lengths.sum()
     assert_close(found.dbr, np.mean([(row.max() - row).mean() / row.max() for row in token_rows]))
     assert_close(found.abr, np.mean([(row.max() - row).mean() / row.max() for row in square_rows]))
     assert_close(found.ave_t, np.mean(token_rows))
@@ -89,7 +95,24 @@ def test_metrics_equal_brute_force(case):
 @settings(max_examples=200, deadline=None)
 @given(planning_cases(max_samples=60))
 def test_gang_plans_hold_every_sample_once(case):
-    plan = make_plan(**case, schedule="gang")
+    samples, request = case
+    plan = make_plan(samples, replace(request, schedule="gang"))
     plan.check()
-    assert sorted(plan.sample_ids.tolist()) == list(range(len(case["lengths"])))
+    assert sorted(plan.sample_ids.tolist()) == list(range(len(samples)))
     assert (plan.grid.reshape(plan.num_steps, -1).max(axis=1) >= 0).all()  # no step is empty
+
+
+@settings(max_examples=200, deadline=None)
+@given(planning_cases(max_samples=60), st.data())
+def test_a_part_of_a_plan_elsewhere_is_that_part(case, data):
+    samples, request = case
+    plan = make_plan(samples, request)
+    packs = np.array(data.draw(st.permutations(range(plan.num_packs))), np.int64)[: data.draw(st.integers(1, 9))]
+    # one after the other, each in a step of its own
+    part = plan.subset(packs, step=np.arange(len(packs)), slot=0 * packs, rank0=plan.pack_rank0[packs])
+    part.check()
+    for index, pack in enumerate(packs.tolist()):
+        mine, theirs = part.pack(index), plan.pack(pack)
+        assert (mine.tier, mine.rank0) == (theirs.tier, theirs.rank0)
+        np.testing.assert_array_equal(mine.sample_ids, theirs.sample_ids)
+        np.testing.assert_array_equal(mine.lengths, theirs.lengths)

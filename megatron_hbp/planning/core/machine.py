@@ -54,6 +54,9 @@ H100 = Machine(
 )  # fmt: skip
 """80 GB, 8 in a node; rates and links fitted by hand to tables 4, 18 and 19 of the paper (arXiv 2503.07680)."""
 
+MAX_CHUNKS = 1024
+"""PP x virtual stages: more than a model has layers, and few enough that a mistyped number is refused at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -85,6 +88,11 @@ class Topology:
             raise ConfigError(f"topology: {self.num_gpus} GPUs do not divide by TP {self.tp} x PP {self.pp}")
         if self.num_ranks % self.ep:
             raise ConfigError(f"topology: {self.num_ranks} data-parallel ranks do not divide by EP {self.ep}")
+        if self.pp * self.virtual_stages > MAX_CHUNKS:
+            raise ConfigError(
+                f"topology: PP {self.pp} x {self.virtual_stages} virtual stages are more than {MAX_CHUNKS} chunks; "
+                "a chunk holds a layer at least"
+            )
         if self.virtual_stages > 1 and self.pp == 1:
             raise ConfigError("topology: virtual stages need a pipeline; set --pp, or leave --virtual-stages out")
 

@@ -31,7 +31,7 @@ class Memory:
     states: float
     """Weights, gradients, optimizer."""
     activations: float
-    """The worst window of micro-batches in flight, with one recomputed layer."""
+    """The worst window of micro-batches in flight, with a layer that is recomputed."""
     reserve: float
     limit: float
     """What a GPU has."""
@@ -60,10 +60,12 @@ def fitted(cost: CostModel, topology: Topology, measured: MemoryTable = ()) -> C
     table = cost.recompute_layers
     if table and cost.recompute_ranks <= topology.num_ranks:
         return cost
+    pp, alike = topology.pp, np.ones((1, 2 * topology.pp, 1))
+    at_once = float(in_flight(alike, 0 * alike, stage=0, num_stages=pp, num_chunks=topology.virtual_stages).max())
     found: list[tuple[int, int]] = []
     for local in [tokens for tokens, _ in table] or LOCAL_TOKENS:
         known = least_recompute(table, local)
-        count = _fewest_layers(cost, topology, local, at_least=known.num_layers if known else 0)
+        count = _fewest_layers(cost, topology, local, at_once, at_least=known.num_layers if known else 0)
         if count is not None:
             found.append((local, count))
     if not found:
@@ -75,12 +77,18 @@ def fitted(cost: CostModel, topology: Topology, measured: MemoryTable = ()) -> C
     return replace(cost, recompute_layers=tuple(found), recompute_ranks=topology.num_ranks)
 
 
-def _fewest_layers(cost: CostModel, topology: Topology, local_tokens: int, *, at_least: int) -> int | None:
-    """The fewest recomputed layers with which a micro-batch fits by the estimate; None where all are too few."""
+def _fewest_layers(
+    cost: CostModel, topology: Topology, local_tokens: int, at_once: float, *, at_least: int
+) -> int | None:
+    """The fewest recomputed layers with which equal micro-batches fit by the estimate; None where all are too few.
+
+    `at_once` of them are held at the same time: 1, more with interleaved stages.
+    """
     room = cost.machine.memory - cost.machine.memory_reserve - state_bytes(cost.model, topology)
     for count in range(at_least, cost.num_layers + 1):
         tier = Tier(packing_length=local_tokens, recompute=full_layers(count))
-        if local_tokens / topology.tp * sum(token_bytes(tier, cost.model)) <= room:
+        kept, rebuilt = token_bytes(tier, cost.model)
+        if local_tokens / topology.tp * (at_once * kept + rebuilt) <= room:
             return count
     return None
 
@@ -119,9 +127,9 @@ def memory_of(plan: Plan, cost: CostModel, topology: Topology) -> Memory:
         steps = np.flatnonzero(plan.num_micro_batches == count)
         grid = plan.grid[steps, :count]
         held = np.where(grid >= 0, kept[grid], 0.0)
-        extra = np.where(grid >= 0, rebuilt[grid], 0.0).max(axis=1)
+        extra = np.where(grid >= 0, rebuilt[grid], 0.0)
         for stage in range(topology.pp):
-            peaks = in_flight(held, stage=stage, num_stages=topology.pp, num_chunks=topology.virtual_stages) + extra
+            peaks = in_flight(held, extra, stage=stage, num_stages=topology.pp, num_chunks=topology.virtual_stages)
             step, rank = np.unravel_index(peaks.argmax(), peaks.shape)
             worst = max(worst, (float(peaks[step, rank]), stage, int(steps[step]), int(rank)))
     activations, stage, step_index, rank_index = worst
@@ -131,18 +139,21 @@ def memory_of(plan: Plan, cost: CostModel, topology: Topology) -> Memory:
     )  # fmt: skip
 
 
-def in_flight(held: np.ndarray, *, stage: int, num_stages: int, num_chunks: int = 1) -> np.ndarray:
-    """The most that a stage holds at once, [n, ranks]; `held` [n, m, ranks] is what a micro-batch keeps in all stages.
+def in_flight(held: np.ndarray, rebuilt: np.ndarray, *, stage: int, num_stages: int, num_chunks: int = 1) -> np.ndarray:
+    """The most that a stage holds at once, [n, ranks].
 
-    A micro-batch's share (1 of p v) is held from its forward to the end of its backward, chunk by chunk.
+    `held` [n, m, ranks] is what a micro-batch keeps in all stages, `rebuilt` [n, m, ranks] what its backward holds
+    beside that, a layer at a time. A micro-batch's share of `held` (1 of p v) stays from its forward to the end of its
+    backward, chunk by chunk.
     """
     if num_stages == 1:
-        return held.max(axis=1)
+        return (held + rebuilt).max(axis=1)
     share = held / (num_stages * num_chunks)
     now = np.zeros((held.shape[0], held.shape[2]))
     most = now.copy()
     for backward, _, batch in stage_orders(num_stages, held.shape[1], num_chunks)[stage]:
         if backward:
+            np.maximum(most, now + rebuilt[:, batch], out=most)
             now -= share[:, batch]
         else:
             now += share[:, batch]

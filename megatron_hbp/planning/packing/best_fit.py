@@ -40,8 +40,8 @@ def pack_tightly(lengths: np.ndarray, num_own: int, capacity: int, spare: int) -
     """Fill one pack after the other: its longest sample first, the last two chosen together for the closest fit.
 
     `lengths` int64 [n] sorted, longest first; the first `num_own` must be packed and open packs, the others may join
-    them. `spare` tokens are kept free in each pack for short samples (see distribute.py), which evens out the content of
-    steps. Returns pack_of int64 [n], -1 for others that did not join.
+    them. `spare` tokens are kept free in each pack for short samples (see distribute.py), which evens out the content
+    of steps. Returns pack_of int64 [n], -1 for others that did not join.
     """
     pack_of = np.full(len(lengths), -1, np.int64)
     # Ascending and padded, so that the unused part is one sorted array.

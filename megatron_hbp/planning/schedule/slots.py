@@ -85,7 +85,8 @@ def steps_of_slots(
     order = np.argsort(_even_times(slot_width, rng), kind="stable")
     if num_first_steps:
         narrow = order[slot_width[order] == slot_width.min()]
-        prefix = narrow[np.cumsum(slot_tokens[narrow]) <= num_first_steps * step_tokens + slot_tokens[narrow] // 2]
+        first_tokens = min(num_first_steps * step_tokens, int(slot_tokens.sum()))
+        prefix = narrow[np.cumsum(slot_tokens[narrow]) <= first_tokens + slot_tokens[narrow] // 2]
         is_first = np.zeros(len(order), bool)
         is_first[prefix] = True
         order = np.concatenate([prefix, order[~is_first[order]]])

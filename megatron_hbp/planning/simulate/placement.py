@@ -25,10 +25,16 @@ def place_cost(cost: CostModel, topology: Topology) -> CostModel:
         raise ConfigError(
             f"{cost.name} is the cost of ranks of {cost.tensor_parallel} GPUs; set --tp {cost.tensor_parallel}"
         )
-    gemm = cost.linear_flops / cost.machine.linear_rate / t
     collectives = 3 * cost.num_layers * 8 * cost.model.hidden * (t - 1) / t / cost.machine.node_bandwidth
-    placed = cost.with_machine(linear_rate=cost.linear_flops / (gemm + collectives) / t)
-    return replace(placed, tensor_parallel=t)
+
+    def placed(rate: float) -> float:
+        return cost.linear_flops / (cost.linear_flops / rate / t + collectives) / t
+
+    apart = cost.linear_rate_without_experts
+    return replace(
+        cost.with_machine(linear_rate=placed(cost.machine.linear_rate)), tensor_parallel=t,
+        linear_rate_without_experts=placed(apart) if apart else apart,
+    )  # fmt: skip
 
 
 def with_experts_apart(cost: CostModel, topology: Topology) -> CostModel:
