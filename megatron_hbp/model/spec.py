@@ -74,6 +74,10 @@ def with_packed_model(config: GPTModelConfig, exchanges: Collection[str] = ()) -
     why = why_no_latents(config.transformer)
     if latent and why:
         raise ConfigError(f"a tier has exchange={latent[0]}, but {why}, or leave the exchange out")
+    if config.transformer.multi_latent_attention:
+        # its fused kernels rotate token i by row i of a table that the YaRN module keeps, and exist for YaRN only; that
+        # of grouped-query attention rotates by the frequencies it is handed, which are those of the local positions
+        config.transformer.apply_rope_fusion = False
     config.transformer_layer_spec = layer_spec
     config.pre_wrap_hooks.append(_localise_rotary)
     return config

@@ -40,6 +40,7 @@ from megatron_hbp.profiling.yardstick import Yardstick
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.forward import make_forward_step
 from megatron_hbp.training.hooks import pipeline_arguments
+from megatron_hbp.training.options import without_fused_mla_rotary
 from megatron_hbp.training.settle import attention_shape, machine_of, settle_tiers
 
 
@@ -123,6 +124,7 @@ def build(options: ProfileOptions) -> Session:
         args.recompute_granularity, args.recompute_modules = "selective", modules
     # What is timed is one micro-batch; gradients are reduced once a step, and planned apart.
     args.overlap_grad_reduce = args.overlap_param_gather = False
+    without_fused_mla_rotary(args)
     try:
         model = gpt_config_from_args(args)
     except (ValueError, AssertionError) as error:

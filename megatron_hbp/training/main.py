@@ -33,6 +33,7 @@ def run(argv: list[str]) -> None:
         describe,
         implied_flags,
         shapes_vary,
+        without_fused_mla_rotary,
     )
 
     options = HbpOptions.from_argv(argv)
@@ -47,9 +48,11 @@ def run(argv: list[str]) -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     args = parse_and_validate_args(extra_args_provider=add_hbp_arguments)
+    lines = []
     if options.train is not None:
         check_together(args, options)
         build_for_every_policy(args, options)
+        lines = without_fused_mla_rotary(args)
     try:
         model = gpt_config_from_args(args)
     except (ValueError, AssertionError) as error:
@@ -77,9 +80,9 @@ def run(argv: list[str]) -> None:
 
     # not before the config is made: it would refuse Megatron-LM's default dispatcher, of a dense model too
     args.variable_seq_lengths = model.transformer.variable_seq_lengths = shapes_vary(args, options)
-    tiers, lines = settle(args, model.transformer, options)
+    tiers, exchange_lines = settle(args, model.transformer, options)
     if args.rank == 0:
-        print(*(f"> hbp: {line}" for line in (describe(options), *lines)), sep="\n", flush=True)
+        print(*(f"> hbp: {line}" for line in (describe(options), *lines, *exchange_lines)), sep="\n", flush=True)
     args.hbp_plan_hash = options.train.plan.hash
     install_context_capture()
     drop_stale_lock(args.recompute_modules or ())

@@ -209,6 +209,17 @@ def build_for_every_policy(args: Any, options: HbpOptions) -> None:
         args.recompute_granularity, args.recompute_modules = "selective", modules
 
 
+def without_fused_mla_rotary(args: Any) -> list[str]:
+    """Turn rope fusion off where a packed model cannot have it, before Megatron-LM makes (or refuses) the config.
+
+    On is Megatron-LM's default with CUDA, and there is no flag to ask for it. Returns lines for the log.
+    """
+    if not (args.multi_latent_attention and args.apply_rope_fusion):
+        return []
+    args.apply_rope_fusion = False
+    return ["rope fusion is off: Megatron-LM's kernel for latent attention knows no positions inside a pack"]
+
+
 def shapes_vary(args: Any, options: HbpOptions) -> bool:
     """Whether pipeline stages exchange tensors of other shapes from micro-batch to micro-batch.
 

@@ -22,6 +22,8 @@ CASES = [
     "capture_is_installed_once",
     "both_checkpoints_keep_the_context",
     "backward_recomputes_in_the_forwards_context",
+    "fused_rotary_of_latent_attention_is_off",
+    "fused_rotary_of_grouped_queries_takes_local_positions",
 ]
 
 

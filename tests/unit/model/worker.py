@@ -7,6 +7,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megatron_hbp.platform import cpu
 cpu.apply()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 
 from megatron_hbp.errors import ConfigError  # noqa: E402
 from megatron_hbp.model.context import bind, current, on_bind  # noqa: E402
@@ -191,6 +193,29 @@ def backward_recomputes_in_the_forwards_context(models) -> None:
             assert same(gradients(model), expected), (kind, name)
 
 
+def fused_rotary_of_latent_attention_is_off(models) -> None:
+    """Its kernels would rotate by their own table; without YaRN Megatron-LM's config refuses them itself."""
+    fused, plain = (build("moe", rope_type="yarn", apply_rope_fusion=fusion)[0] for fusion in (True, False))
+    assert not fused.config.apply_rope_fusion
+    assert torch.equal(forward(fused, micro_batch(Recompute())), forward(plain, micro_batch(Recompute())))
+
+
+def fused_rotary_of_grouped_queries_takes_local_positions(models) -> None:
+    """Megatron-LM hands Transformer Engine's kernel (sbhd: row i of the frequencies for token i) one row a token."""
+    rotated = []
+
+    def emulated(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        assert freqs.shape == (len(t), 1, 1, t.shape[-1]) and freqs.dtype == torch.float32
+        rotated.append(len(t))
+        return rope_utils._apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=interleaved)
+
+    with mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", emulated):
+        fused = build("dense", apply_rope_fusion=True)[0]
+        loss = forward(fused, micro_batch(Recompute()))
+    assert rotated == [sum(LENGTHS)] * 2 * fused.config.num_layers
+    assert torch.equal(loss, forward(models["dense"], micro_batch(Recompute())))
+
+
 CASES: tuple[Callable[[dict], None], ...] = (
     switch_sets_and_clears,
     switch_knows_configs_that_were_copied,
@@ -200,6 +225,8 @@ CASES: tuple[Callable[[dict], None], ...] = (
     capture_is_installed_once,
     both_checkpoints_keep_the_context,
     backward_recomputes_in_the_forwards_context,
+    fused_rotary_of_latent_attention_is_off,
+    fused_rotary_of_grouped_queries_takes_local_positions,
 )
 
 

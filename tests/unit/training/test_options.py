@@ -20,6 +20,7 @@ from megatron_hbp.planning.types import Recompute, Tier
 from megatron_hbp.training import main, options
 from megatron_hbp.training.options import HbpOptions, PlannedData
 from tests.equivalence.plans import plan_of
+from tests.launching import ROOT
 
 LENGTHS = (5, 9, 30, 14)
 TIERS = (Tier(packing_length=16), Tier(packing_length=64, cp_degree=2))
@@ -297,6 +298,29 @@ def test_the_model_is_built_for_the_policies_of_all_tiers(files):
     tiers = tuple(dataclasses.replace(t, recompute=p) for t, p in zip(TIERS, policies, strict=True))
     options.build_for_every_policy(args, loaded(files, tiers=tiers))
     assert (args.recompute_granularity, args.recompute_modules) == ("selective", ["core_attn", "mlp"])
+
+
+@pytest.mark.parametrize("recipe, rope", [("recipes/deepseek-v2.sh", "yarn"), ("scripts/profile_cuda.sh", "rope")])
+def test_mla_starts_with_the_rope_fusion_that_is_the_default_on_cuda(recipe, rope):
+    """As the recipe and the script have it: without the flags of the CPU platform layer, which hide it."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+    from megatron.training.arguments import add_megatron_arguments
+
+    assert f"--rope-type {rope}" in (ROOT / recipe).read_text() and "rope-fusion" not in (ROOT / recipe).read_text()
+    parser = add_megatron_arguments(argparse.ArgumentParser())
+    args = parser.parse_args(["--multi-latent-attention", "--rope-type", rope])
+    model = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "multi_latent_attention": True}
+
+    def config() -> MLATransformerConfig:
+        return MLATransformerConfig(**model, rope_type=args.rope_type, apply_rope_fusion=args.apply_rope_fusion)
+
+    if rope == "rope":
+        with pytest.raises(ValueError, match="only works with YARN"):
+            config()
+    (line,) = options.without_fused_mla_rotary(args)
+    assert "rope fusion is off" in line and not config().apply_rope_fusion
+    assert options.without_fused_mla_rotary(args) == []
+    assert options.without_fused_mla_rotary(parser.parse_args([])) == []  # grouped-query attention keeps it
 
 
 def test_pipeline_stages_of_unequal_local_tokens(files):
