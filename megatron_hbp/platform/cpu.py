@@ -246,7 +246,7 @@ def gloo_split_sizes_are_ints() -> None:
     setattr(torch.distributed, "all_to_all_single", call)  # noqa: B010
 
 
-@patch("gloo wants equal parts in all_gather and reduce_scatter; experts under tensor parallelism hand over unequal ones")
+@patch("gloo wants equal parts in all_gather and reduce_scatter; experts under TP hand over unequal ones")
 def gloo_takes_unequal_parts() -> None:
     """Gather and reduce-scatter parts of unequal length in the first dimension through all_to_all_single."""
     distributed: Any = torch.distributed
@@ -289,7 +289,7 @@ def initialize_without_cuda() -> None:
     torch.cuda.device_count = lambda: 1
 
 
-@patch("validate_args() asks for the architecture of device 0 where TP > 1: up to 9 it requires a single hardware queue")
+@patch("validate_args() asks device 0 for its architecture where TP > 1: up to 9 it requires one hardware queue")
 def no_hardware_queues() -> None:
     """Answer with an architecture of which Megatron-LM requires nothing (10, Blackwell)."""
     from megatron.training import arguments
