@@ -6,8 +6,9 @@ import io
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -28,7 +29,7 @@ from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.extension import drop_stale_lock
 from megatron_hbp.model.loss import CHUNK_ROWS
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
-from megatron_hbp.model.spec import with_packed_model
+from megatron_hbp.model.spec import why_no_latents, with_packed_model
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.exchange import refusal
 from megatron_hbp.planning.plan import Plan
@@ -80,8 +81,9 @@ class Session:
         lengths = torch.zeros(plan.data.num_samples, dtype=torch.int64).numpy()
         lengths[plan.sample_ids] = plan.lengths
         tiers, _ = settle_tiers(
-            plan, attention_shape(self.args), machine_of(self.args),
-            exchange=self.header.exchange, kernel=self.args.hbp_kernel,
+            plan, self.header.model.attention.on_tensor_parallel_rank(self.header.layout["tensor_parallel"]),
+            machine_of(self.args), exchange=self.header.exchange, kernel=self.args.hbp_kernel,
+            no_latents=why_no_latents(get_model_config(self.model[0])),
         )  # fmt: skip
         store: Any = SyntheticStore(
             lengths=lengths, vocabulary=self.args.vocab_size, supervised=self.options.supervised
@@ -132,16 +134,16 @@ def build(options: ProfileOptions) -> Session:
     args.variable_seq_lengths = model.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     install_context_capture()
     drop_stale_lock(modules)
+    switch, packed = RecomputeSwitch(), with_packed_model(model)
+    named = {f"--hbp-profile-recompute {policy}": policy for policy in policies}
+    packed.pre_wrap_hooks.append(partial(switch.take, policies=named))
     with _quiet():
         training.initialize_megatron()
         chunks, optimizer, _ = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
-            cfg_container=pretrain_cfg_container_from_args(args, with_packed_model(model)),
+            cfg_container=pretrain_cfg_container_from_args(args, packed),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
-    switch = RecomputeSwitch(chunks)
-    for policy in policies:
-        switch.check(policy)
     for chunk in chunks:
         chunk.train()
     get_model_config(chunks[0]).finalize_model_grads_func = None
@@ -172,13 +174,13 @@ def _header(
 ) -> ProfileHeader:
     tp = args.tensor_model_parallel_size
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    on_one = attention_shape(args)
-    whole = replace(on_one, num_query_heads=args.num_attention_heads, num_kv_heads=max(on_one.num_kv_heads * tp, 1))
+    attention = attention_shape(args)
+    on_one = attention.on_tensor_parallel_rank(tp)
     return ProfileHeader(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
         # not megatron.core.__version__: it ends with the commit of whatever repository one stands in
         versions={"torch": torch.__version__, "megatron-core": version("megatron-core"), "megatron_hbp": __version__},
-        model=model_facts(args, whole, options.supervised),
+        model=model_facts(args, attention, options.supervised),
         flags=config_digest(config, args),
         layout={
             "world": args.world_size, "data_parallel": args.data_parallel_size, "tensor_parallel": tp,

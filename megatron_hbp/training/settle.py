@@ -9,6 +9,7 @@ import torch
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import kernels
+from megatron_hbp.model.latents import LATENT
 from megatron_hbp.model.spec import why_no_latents
 from megatron_hbp.planning.exchange import AUTO, EXCHANGES, AttentionShape, Exchange, Machine, choose, refusal
 from megatron_hbp.planning.plan import Plan
@@ -17,10 +18,10 @@ from megatron_hbp.training.options import HbpOptions
 
 
 def attention_shape(args: Any) -> AttentionShape:
-    """Heads and widths on one tensor-parallel rank, from Megatron-LM's arguments."""
+    """Heads and widths of a whole layer, from Megatron-LM's arguments."""
     heads = args.num_attention_heads
     if args.multi_latent_attention:
-        shape = AttentionShape(
+        return AttentionShape(
             num_query_heads=heads,
             num_kv_heads=heads,
             qk_width=args.qk_head_dim + args.qk_pos_emb_head_dim,
@@ -29,11 +30,9 @@ def attention_shape(args: Any) -> AttentionShape:
             kv_latent=args.kv_lora_rank,
             rope_width=args.qk_pos_emb_head_dim,
         )
-    else:
-        width = args.kv_channels or args.hidden_size // heads
-        kv_heads = args.num_query_groups if args.group_query_attention else heads
-        shape = AttentionShape(num_query_heads=heads, num_kv_heads=kv_heads, qk_width=width, v_width=width)
-    return shape.on_tensor_parallel_rank(args.tensor_model_parallel_size)
+    width = args.kv_channels or args.hidden_size // heads
+    kv_heads = args.num_query_groups if args.group_query_attention else heads
+    return AttentionShape(num_query_heads=heads, num_kv_heads=kv_heads, qk_width=width, v_width=width)
 
 
 def machine_of(args: Any) -> Machine:
@@ -57,9 +56,6 @@ def settle(args: Any, transformer: Any, options: HbpOptions) -> tuple[list[tuple
     Raises:
         ConfigError: a named exchange or kernel cannot be used.
     """
-    shape = attention_shape(args)
-    if why_no_latents(transformer):
-        shape = replace(shape, kv_latent=0)
     device = torch.device(torch.cuda.current_device())
     settled, said = [], []
     for part in (options.train, options.valid):
@@ -67,10 +63,11 @@ def settle(args: Any, transformer: Any, options: HbpOptions) -> tuple[list[tuple
             continue
         tiers, lines = settle_tiers(
             part.plan,
-            shape,
+            attention_shape(args).on_tensor_parallel_rank(args.tensor_model_parallel_size),
             machine_of(args) if device.type == "cuda" else None,
             exchange=args.hbp_exchange,
             kernel=args.hbp_kernel,
+            no_latents=why_no_latents(transformer),
         )
         for tier in tiers:
             kernels.choose(tier.kernel, device, args.params_dtype)
@@ -80,8 +77,9 @@ def settle(args: Any, transformer: Any, options: HbpOptions) -> tuple[list[tuple
 
 
 def settle_tiers(
-    plan: Plan, shape: AttentionShape, machine: Machine | None, *, exchange: Exchange | None, kernel: Kernel | None
-) -> tuple[tuple[Tier, ...], list[str]]:
+    plan: Plan, shape: AttentionShape, machine: Machine | None, *, exchange: Exchange | None, kernel: Kernel | None,
+    no_latents: str | None = None,
+) -> tuple[tuple[Tier, ...], list[str]]:  # fmt: skip
     """The plan's tiers without an `auto` exchange, and a line for the log for each tier that exchanges.
 
     Args:
@@ -91,10 +89,17 @@ def settle_tiers(
             can be used is taken (the ring's plain-torch blocks made the demo's MLA model three times as slow).
         exchange: overrides that of all tiers.
         kernel: overrides that of all tiers.
+        no_latents: why the model cannot exchange latents, and what to do; None where it can.
 
     Raises:
         ConfigError: a named exchange cannot be used with this model and degree.
     """
+
+    def refused(exchange: Exchange, cp_degree: int) -> str | None:
+        return (no_latents if exchange in LATENT else None) or refusal(exchange, shape, cp_degree)
+
+    if no_latents:
+        shape = replace(shape, kv_latent=0)
     tiers, lines = [], []
     for index, tier in enumerate(plan.tiers):
         tier = replace(tier, exchange=exchange or tier.exchange, kernel=kernel or tier.kernel)
@@ -102,16 +107,16 @@ def settle_tiers(
             tiers.append(replace(tier, exchange="a2a", layout=AUTO))
             continue
         if tier.exchange == AUTO and machine is None:
-            tier = replace(tier, exchange=next(e for e in EXCHANGES if not refusal(e, shape, tier.cp_degree)))
+            tier = replace(tier, exchange=next(e for e in EXCHANGES if not refused(e, tier.cp_degree)))
             reason = f"{tier.exchange} (no CUDA device to price others for)"
         elif tier.exchange == AUTO:
             assert machine is not None
             chosen, reason = _cheapest(tier, plan.pack_squares[plan.pack_tier == index], shape, machine)
             tier = replace(tier, exchange=chosen)
-        elif refused := refusal(tier.exchange, shape, tier.cp_degree):
+        elif why := refused(tier.exchange, tier.cp_degree):
             raise ConfigError(
-                f"tier {tier}: exchange {tier.exchange} cannot be used: {refused}; leave the exchange out, or give "
-                f"--hbp-exchange with one of {', '.join(e for e in EXCHANGES if not refusal(e, shape, tier.cp_degree))}"
+                f"tier {tier}: exchange {tier.exchange} cannot be used: {why}; or leave the exchange out, or give "
+                f"--hbp-exchange with one of {', '.join(e for e in EXCHANGES if not refused(e, tier.cp_degree))}"
             )
         else:
             reason = f"{tier.exchange} (as asked for)"

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning.cost import DEEPSEEK_V2
 from megatron_hbp.planning.exchange import AttentionShape, Machine
 from megatron_hbp.planning.types import Tier
-from megatron_hbp.training.settle import attention_shape, settle_tiers
+from megatron_hbp.training.settle import attention_shape, settle, settle_tiers
 from tests.equivalence.plans import plan_of
 
 LLAMA_70B_TP8 = AttentionShape(num_query_heads=8, num_kv_heads=1, qk_width=128, v_width=128)
@@ -51,6 +52,30 @@ def test_an_exchange_that_cannot_be_is_refused_with_those_that_can():
     assert "no latent attention" in str(refused.value) and "a2a, all_gather, p2p" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"multi_latent_attention": False}, "give --multi-latent-attention"),
+        ({"fp8": "e4m3"}, "drop --fp8-format"),
+        ({"mla_down_proj_fusion": True}, "drop --mla-down-proj-fusion"),
+    ],
+)
+def test_the_true_reason_why_latents_cannot_be_exchanged_reaches_the_user(monkeypatch, changes, why):
+    """An MLA model under FP8 was said to have no latent attention."""
+    mla = {"multi_latent_attention": True, "fp8": None, "fp4": None, "mla_down_proj_fusion": False}
+    model = arguments(
+        num_attention_heads=128, qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128, q_lora_rank=1536,
+        kv_lora_rank=512, hbp_exchange="qkv_latent", hbp_kernel=None, params_dtype=torch.bfloat16, **mla | changes,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    options = SimpleNamespace(train=SimpleNamespace(plan=plan_with()), valid=None)
+    with pytest.raises(ConfigError, match=f"exchange qkv_latent cannot be used: .*{why}") as refused:
+        settle(model, model, options)
+    assert "one of a2a, all_gather, p2p" in str(refused.value) and "no latent attention" not in str(refused.value)
+    model.hbp_exchange = "a2a"
+    settle(model, model, options)
+
+
 def test_without_a_device_the_first_that_can_be_used_is_taken():
     tiers, lines = settle_tiers(plan_with(), DEEPSEEK_V2, None, exchange=None, kernel=None)
     assert [tier.exchange for tier in tiers] == ["a2a"] * 3 and all("no CUDA device" in line for line in lines)
@@ -72,7 +97,8 @@ def arguments(**changes: object) -> SimpleNamespace:
 
 
 def test_shapes_come_from_megatrons_arguments():
-    assert attention_shape(arguments()) == LLAMA_70B_TP8
+    whole = attention_shape(arguments())
+    assert (whole.num_query_heads, whole.num_kv_heads) == (64, 8) and whole.on_tensor_parallel_rank(8) == LLAMA_70B_TP8
     plain = attention_shape(arguments(group_query_attention=False, kv_channels=None, tensor_model_parallel_size=1))
     assert (plain.num_query_heads, plain.num_kv_heads, plain.qk_width) == (64, 64, 128)
     mla = {
