@@ -1,6 +1,5 @@
 """Build and run: from a command line to a profile table, a fitted cost model and its errors."""
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from megatron_hbp.errors import DataError, HbpError, StopRequested
+from megatron_hbp.errors import DataError, HbpError, StopRequested, everywhere
 from megatron_hbp.planning import cost_file, profile_table
 from megatron_hbp.planning.fit import ProfileFit, fit_profile
 from megatron_hbp.planning.profile_memory import predict, with_limit
@@ -74,7 +73,7 @@ def _from_rank_0(session: Any, read: Callable[[], Any]) -> Any:
             result = [error]
     dist.broadcast_object_list(result, src=0, group=session.control)
     if isinstance(result[0], HbpError):
-        _fail_together(result[0])
+        raise everywhere(result[0])
     return result[0]
 
 
@@ -144,14 +143,6 @@ def _stop(options: ProfileOptions, setting: Setting) -> NoReturn:
     error = StopRequested(
         f"out of memory at {setting} while other ranks wait in an exchange; noted: run the same command again to go on"
     )
-    fail(error, PROGRAM)
-
-
-def _fail_together(error: HbpError) -> NoReturn:
-    """A mistake that all ranks know of: one line, from rank 0, which leaves first."""
-    if dist.get_rank():
-        time.sleep(3)
-        os._exit(error.exit_code)
     fail(error, PROGRAM)
 
 

@@ -26,12 +26,19 @@ from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
+from megatron_hbp.training.options import HbpOptions
 
 
-def install(*, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> None:
-    """Hook a plan into Megatron-LM's loop; once a process."""
+def install(options: HbpOptions, switch: RecomputeSwitch, metrics: RunMetrics) -> None:
+    """Hook a plan into Megatron-LM's loop; once a process.
+
+    Args:
+        options: the plans.
+        switch: sets the recompute policy of each micro-batch on the model.
+        metrics: what is written down.
+    """
     training.get_forward_backward_func = _planned_schedule(
-        training.get_forward_backward_func, plan, valid_plan, metrics
+        training.get_forward_backward_func, options.valid.plan if options.valid else None, switch, metrics
     )
     training.training_log = _logging(training.training_log, metrics)
     training.evaluate = _reporting(training.evaluate, metrics)
@@ -39,7 +46,9 @@ def install(*, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> None
     checkpointing._load_base_checkpoint = _same_plan_early(checkpointing._load_base_checkpoint)
 
 
-def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | None, metrics: RunMetrics) -> Callable:
+def _planned_schedule(
+    get_schedule: Callable, valid_plan: Plan | None, switch: RecomputeSwitch, metrics: RunMetrics
+) -> Callable:
     """Wrap the factory of forward-backward functions.
 
     Megatron-LM's own calculator of micro-batch counts knows ramps only: its loop refuses a count that falls. So the
@@ -66,7 +75,7 @@ def _planned_schedule(get_schedule: Callable, plan: Plan, valid_plan: Plan | Non
             num_microbatches = len(feed.slots(step))
             rest |= pipeline_arguments(chunks, feed, step)
             metrics.start(training=not forward_only)
-            with micro_batch_context.on_bind(_switch_of(chunks)):
+            with micro_batch_context.on_bind(switch):
                 losses = schedule(model=model, num_microbatches=num_microbatches, forward_only=forward_only, **rest)
             metrics.finish()
             return losses
@@ -98,16 +107,6 @@ def pipeline_arguments(chunks: list[Any], feed: Feed, step: int) -> dict[str, An
     lengths = [feed.local_tokens(step, slot) for slot in feed.slots(step)]
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return {"p2p_communicator": PlannedP2PCommunicator(groups.pp, config, lengths), "pg_collection": groups}
-
-
-_switches: dict[int, RecomputeSwitch] = {}
-
-
-def _switch_of(chunks: list[Any]) -> RecomputeSwitch:
-    """The recompute switch of a model, made at its first step."""
-    if id(chunks[0]) not in _switches:
-        _switches[id(chunks[0])] = RecomputeSwitch(chunks)
-    return _switches[id(chunks[0])]
 
 
 def _logging(training_log: Callable, metrics: RunMetrics) -> Callable:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -70,7 +71,7 @@ def run(argv: list[str]) -> None:
         return
 
     from megatron_hbp.model.extension import drop_stale_lock
-    from megatron_hbp.model.recompute import install_context_capture
+    from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
     from megatron_hbp.model.spec import with_packed_model
     from megatron_hbp.training import hooks
     from megatron_hbp.training.feeds import feeds_provider
@@ -86,11 +87,13 @@ def run(argv: list[str]) -> None:
     args.hbp_plan_hash = options.train.plan.hash
     install_context_capture()
     drop_stale_lock(args.recompute_modules or ())
-    exchanges = {tier.exchange for settled in tiers for tier in settled}
+    switch, packed = RecomputeSwitch(), with_packed_model(model)
+    policies = {f"tier {tier}": tier.recompute for settled in tiers for tier in settled}
+    packed.pre_wrap_hooks.append(partial(switch.take, policies=policies))
     metrics = RunMetrics(options.train.plan, options.metrics)
-    hooks.install(plan=options.train.plan, valid_plan=options.valid.plan if options.valid else None, metrics=metrics)
+    hooks.install(options, switch, metrics)
     pretrain(
-        pretrain_cfg_container_from_args(args, with_packed_model(model, exchanges)),
+        pretrain_cfg_container_from_args(args, packed),
         feeds_provider(options, tiers),
         ModelType.encoder_or_decoder,
         make_forward_step(metrics.observe),
@@ -121,11 +124,11 @@ def leave() -> None:
 def fail(error: HbpError, program: str) -> NoReturn:
     """One line on stderr, the exit code where the launcher looks for it, and out.
 
-    Mistakes found before the process group exists are the same on every rank: rank 0 speaks, the others wait for it,
-    because torchrun ends all workers 0.1 s after the first one leaves.
+    Where all ranks come here with the same error, as before the process group exists, rank 0 speaks and the others wait
+    for it: torchrun ends all workers 0.1 s after the first one leaves.
     """
     rank = int(os.environ.get("RANK", "0"))
-    together = not torch.distributed.is_initialized()
+    together = error.is_everywhere or not torch.distributed.is_initialized()
     if rank and together:
         time.sleep(3)
     else:

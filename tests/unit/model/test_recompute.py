@@ -16,7 +16,7 @@ MODULES = {
 CASES = [
     "switch_sets_and_clears",
     "switch_knows_configs_that_were_copied",
-    "switch_names_what_a_model_has",
+    "policies_are_checked_when_the_model_is_built",
     "a_policy_that_is_set_costs_nothing",
     "stages_share_the_layers",
     "capture_is_installed_once",

@@ -22,7 +22,7 @@ from megatron.training import checkpointing, training
 from megatron_hbp.errors import PlanError
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import loss
-from megatron_hbp.model.recompute import FLAGS
+from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch
 from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.types import Tier
@@ -164,7 +164,7 @@ def test_install_replaces_what_megatron_calls(monkeypatch, plan):
     before = {(module, name): getattr(module, name) for module, name in names}
     for (module, name), value in before.items():
         monkeypatch.setattr(module, name, value)  # put back after the test
-    hooks.install(plan=plan, valid_plan=None, metrics=RunMetrics(plan, None))
+    hooks.install(SimpleNamespace(valid=None), RecomputeSwitch(), RunMetrics(plan, None))  # type: ignore[arg-type]
     for (module, name), value in before.items():
         assert getattr(module, name) is not value and getattr(module, name).__wrapped__ is value
 
@@ -175,7 +175,7 @@ def test_a_schedule_runs_the_micro_batches_of_its_step(plan, args):
     def schedule(*, model, num_microbatches, forward_only=False, **rest):
         ran.append((num_microbatches, forward_only, len(micro_batch_context._on_bind), rest))
 
-    wrapped = hooks._planned_schedule(lambda **kwargs: schedule, plan, plan, RunMetrics(plan, None))
+    wrapped = hooks._planned_schedule(lambda **kwargs: schedule, plan, RecomputeSwitch(), RunMetrics(plan, None))
     forward_backward = wrapped(schedule_pg_collection=None)
     feed = feed_for(plan)
     for step in (0, 1):
