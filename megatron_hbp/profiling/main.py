@@ -14,8 +14,10 @@ from megatron_hbp.planning import cost_file, profile_table
 from megatron_hbp.planning.fit import ProfileFit, fit_profile
 from megatron_hbp.planning.profile_memory import predict, with_limit
 from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable, Setting
-from megatron_hbp.profiling.options import ProfileOptions, implied_flags
-from megatron_hbp.training.main import fail, leave, platform_flags
+from megatron_hbp.profiling.options import ProfileOptions
+from megatron_hbp.runtime.arguments import platform_flags
+from megatron_hbp.training.main import fail, leave
+from megatron_hbp.training.options import feed_unit
 
 PROGRAM = "hbp profile"
 
@@ -36,11 +38,10 @@ def run(argv: list[str]) -> ProfileTable:
         StopRequested: ranks wait for each other after one ran out of memory; the row is noted, start again to go on.
     """
     options = ProfileOptions.from_argv(argv)
-    # megatron.training reads sys.argv; later flags win, so the user's go last
-    sys.argv[1:] = platform_flags() + implied_flags(options) + argv
+    platform_flags()  # before anything of Megatron-LM is imported
     from megatron_hbp.profiling.session import build
 
-    session = build(options)
+    session = build(argv, options)
     from megatron_hbp.profiling.check import check_plan, load_plan
 
     plan: Any = None
@@ -102,8 +103,7 @@ def _fill(session: Any, table: ProfileTable) -> ProfileTable:
     options: ProfileOptions = session.options
     args = session.args
     degrees = options.degrees(session.num_ranks)
-    # tensor-parallel ranks cut the sequence under sequence parallelism
-    unit = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    unit = feed_unit(args)
     every = settings(options.lengths, degrees, session.policies, unit=unit, most_local=options.most_local)
     missing = [setting for setting in every if table.find(setting) is None]
     is_warm = False

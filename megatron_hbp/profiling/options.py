@@ -61,7 +61,7 @@ class ProfileOptions:
     @staticmethod
     def from_argv(argv: list[str]) -> "ProfileOptions":
         """Read `--hbp-profile-*` from a command line that has other flags too. Raises ConfigError."""
-        args, _ = add_arguments(_Parser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
+        args, _ = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
         for flag in ("plan", "store", "valid_plan", "valid_store", "metrics"):
             if getattr(args, f"hbp_{flag}") is not None:
                 name = flag.replace("_", "-")
@@ -111,13 +111,6 @@ class ProfileOptions:
         return parse_policies(self.recompute, num_layers)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse would print its usage and leave with 2."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{message}; see `hbp profile --help`")
-
-
 def implied_flags(options: ProfileOptions) -> list[str]:
     """Megatron-LM flags that a profile implies; they go before the user's, so that the user's win."""
     flags: dict[str, Any] = {
@@ -135,25 +128,6 @@ def implied_flags(options: ProfileOptions) -> list[str]:
         "--tokenizer-type": "NullTokenizer",
     }
     return [str(word) for pair in flags.items() for word in pair] + ["--calculate-per-token-loss"]
-
-
-def check_args(args: Any) -> None:
-    """Raise ConfigError where a flag does not go with a profile."""
-    refused = {
-        "--vocab-size": args.vocab_size is None and "is missing: give that of your tokenizer",
-        "--context-parallel-size": args.context_parallel_size > 1 and "cannot be used: give --hbp-profile-cp",
-        "--load": args.load is not None and "cannot be used: a profile trains nothing",
-        "--recompute-granularity": args.recompute_granularity is not None
-        and "cannot be used: give --hbp-profile-recompute",
-        "--cuda-graph-impl": args.cuda_graph_impl != "none" and "cannot be used: shapes change",
-        "--mtp-num-layers": args.mtp_num_layers and "cannot be used with packs of samples",
-        "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None
-        and "cannot be profiled: leave it out, times are those of the whole depth",
-        "--micro-batch-size": args.micro_batch_size != 1 and "must be 1: a micro-batch is a pack",
-    }
-    for flag, reason in refused.items():
-        if reason:
-            raise ConfigError(f"{flag} {reason}")
 
 
 def model_facts(args: Any, attention: Any, supervised: float) -> ModelFacts:

@@ -21,7 +21,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 
 from megatron_hbp import __version__
 from megatron_hbp.errors import ConfigError
@@ -35,13 +34,15 @@ from megatron_hbp.planning.exchange import refusal
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.profile_table import ProfileHeader
 from megatron_hbp.planning.types import Recompute
-from megatron_hbp.profiling.options import ProfileOptions, add_arguments, check_args, config_digest, model_facts
+from megatron_hbp.profiling.options import ProfileOptions, add_arguments, config_digest, implied_flags, model_facts
 from megatron_hbp.profiling.packs import SyntheticStore
 from megatron_hbp.profiling.yardstick import Yardstick
+from megatron_hbp.runtime.arguments import MegatronRefusal, parse, refused_by_megatron
+from megatron_hbp.runtime.refusals import PACKED, PROFILED
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.forward import make_forward_step
 from megatron_hbp.training.hooks import pipeline_arguments
-from megatron_hbp.training.options import without_fused_mla_rotary
+from megatron_hbp.training.options import check_layout, feed_unit, without_fused_mla_rotary
 from megatron_hbp.training.settle import attention_shape, machine_of, settle_tiers
 
 
@@ -90,7 +91,7 @@ class Session:
         )
         return Feed(
             plan=plan, store=store, groups=self.groups, rank=parallel_state.get_data_parallel_rank(),
-            unit=self.args.tensor_model_parallel_size if self.args.sequence_parallel else 1, full_length=False,
+            unit=feed_unit(self.args), full_length=False,
             device=self.device, tiers=tiers, joint_recompute=self.args.expert_model_parallel_size > 1, cyclic=True,
         )  # fmt: skip
 
@@ -110,15 +111,20 @@ class Session:
             )  # fmt: skip
 
 
-def build(options: ProfileOptions) -> Session:
-    """Parse Megatron-LM's arguments from sys.argv and build model, optimizer and groups. Collective over the world.
+def build(argv: list[str], options: ProfileOptions) -> Session:
+    """Parse Megatron-LM's arguments and build model, optimizer and groups. Collective over the world.
 
     Raises:
         ConfigError: flags that contradict each other, before any process group exists.
     """
     with _quiet():
-        args = parse_and_validate_args(extra_args_provider=add_arguments)
-    check_args(args)
+        args = parse(
+            argv, implied=implied_flags(options), add_arguments=add_arguments, subject="`hbp profile`",
+            tables=(PACKED, PROFILED),
+        )  # fmt: skip
+    check_layout(args)
+    if args.vocab_size is None:
+        raise ConfigError("--vocab-size is missing: give that of your tokenizer")
     policies = options.policies(args.num_layers)
     degrees = options.degrees(args.data_parallel_size)
     modules = sorted({name for policy in policies for name in policy.modules})
@@ -129,8 +135,8 @@ def build(options: ProfileOptions) -> Session:
     without_fused_mla_rotary(args)
     try:
         model = gpt_config_from_args(args)
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(f"Megatron-LM refuses this model: {error}") from error
+    except MegatronRefusal as error:
+        raise refused_by_megatron(error, "this model") from error
     args.variable_seq_lengths = model.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     install_context_capture()
     drop_stale_lock(modules)

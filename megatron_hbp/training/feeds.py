@@ -12,7 +12,7 @@ from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.types import Tier
 from megatron_hbp.training.agreement import check_orders, check_same_plans
 from megatron_hbp.training.feed import Feed
-from megatron_hbp.training.options import HbpOptions
+from megatron_hbp.training.options import HbpOptions, feed_unit
 
 Provider = Callable[..., tuple[Feed, Feed | None, None]]
 
@@ -37,7 +37,7 @@ def feeds_provider(options: HbpOptions, tiers: Sequence[Sequence[Tier]]) -> Prov
                     store=part.store,
                     groups=groups[0],
                     rank=parallel_state.get_data_parallel_rank(),
-                    unit=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+                    unit=feed_unit(args),
                     full_length=args.pipeline_model_parallel_size > 1 and not args.variable_seq_lengths,
                     device=device,
                     tiers=settled,

@@ -3,8 +3,10 @@
 | name in megatron.training | what ours adds |
 |---|---|
 | training.get_forward_backward_func | the micro-batches of *this* step and their shapes, times, the recompute switch |
-| training.training_log | our JSON line beside Megatron-LM's |
+| training.training_log | our JSON line beside Megatron-LM's, and `consumed samples` as the plan has them |
+| training.consume_seqlen_stats_in_iteration | the tokens of the step, for Megatron-LM's count of operations |
 | training.evaluate | the held-out loss for the same file |
+| RerunStateMachine.should_checkpoint_and_exit (megatron.core) | a step that is not finite twice ends the run with 70 |
 | checkpointing._load_base_checkpoint | a checkpoint trained with another plan is refused before its tensors are read |
 | checkpointing.check_checkpoint_args | the same for formats whose arguments come with the tensors |
 
@@ -15,11 +17,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.core.utils import get_model_config
 from megatron.training import checkpointing, get_args, training
 
-from megatron_hbp.errors import PlanError
+from megatron_hbp.errors import DivergedError, PlanError, everywhere
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.recompute import RecomputeSwitch
 from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
@@ -37,11 +41,16 @@ def install(options: HbpOptions, switch: RecomputeSwitch, metrics: RunMetrics) -
         switch: sets the recompute policy of each micro-batch on the model.
         metrics: what is written down.
     """
+    assert options.train is not None
     training.get_forward_backward_func = _planned_schedule(
         training.get_forward_backward_func, options.valid.plan if options.valid else None, switch, metrics
     )
-    training.training_log = _logging(training.training_log, metrics)
+    training.training_log = _logging(training.training_log, options.train.plan, metrics)
+    training.consume_seqlen_stats_in_iteration = _tokens_of_step(
+        training.consume_seqlen_stats_in_iteration, options.train.plan
+    )
     training.evaluate = _reporting(training.evaluate, metrics)
+    RerunStateMachine.should_checkpoint_and_exit = _diverging(RerunStateMachine.should_checkpoint_and_exit)
     checkpointing.check_checkpoint_args = _same_plan(checkpointing.check_checkpoint_args)
     checkpointing._load_base_checkpoint = _same_plan_early(checkpointing._load_base_checkpoint)
 
@@ -109,14 +118,53 @@ def pipeline_arguments(chunks: list[Any], feed: Feed, step: int) -> dict[str, An
     return {"p2p_communicator": PlannedP2PCommunicator(groups.pp, config, lengths), "pg_collection": groups}
 
 
-def _logging(training_log: Callable, metrics: RunMetrics) -> Callable:
+def _logging(training_log: Callable, plan: Plan, metrics: RunMetrics) -> Callable:
+    """Count samples as the plan has them: Megatron-LM has just added the same number of packs as in every step.
+
+    Its log and its checkpoints have this count, and nothing else depends on it: learning rates go by a count of their
+    own, and a run goes on from the iteration.
+    """
+
     @functools.wraps(training_log)
     def log(loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        get_args().consumed_train_samples = int(plan.pack_offsets[np.searchsorted(plan.pack_step, iteration)])
         grad_norm = args[3] if len(args) > 3 else kwargs.get("grad_norm")
         metrics.log_step(iteration=iteration, losses=loss_dict, learning_rate=learning_rate, grad_norm=grad_norm)
         return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
 
     return log
+
+
+def _tokens_of_step(consume: Callable, plan: Plan) -> Callable:
+    """The tokens of all packs of the step that has just run, and the sum of their samples' squared lengths."""
+
+    @functools.wraps(consume)
+    def tokens_of_step() -> tuple[float, float]:
+        packs = plan.pack_step == get_args().curr_iteration
+        return float(plan.pack_tokens[packs].sum()), float(plan.pack_squares[packs].sum())
+
+    return tokens_of_step
+
+
+def _diverging(should_checkpoint_and_exit: Callable) -> Callable:
+    """Raise DivergedError on all ranks where Megatron-LM would save a checkpoint and leave with 16 or 17.
+
+    That is after gradients with NaN or Inf (or a loss spike, where it looks for them) in two runs of one step.
+    """
+
+    @functools.wraps(should_checkpoint_and_exit)
+    def check(machine: RerunStateMachine) -> tuple[bool, bool, int]:
+        answer: tuple[bool, bool, int] = should_checkpoint_and_exit(machine)
+        if answer[1]:
+            raise everywhere(
+                DivergedError(
+                    f"training diverged in iteration {get_args().curr_iteration + 1}: gradients are not finite, which "
+                    f"a second try has confirmed (the log says where); the step was not taken, nothing was saved"
+                )
+            )
+        return answer
+
+    return check
 
 
 def _reporting(evaluate: Callable, metrics: RunMetrics) -> Callable:
@@ -156,7 +204,9 @@ def _same_plan_early(load_base_checkpoint: Callable) -> Callable:
 def _refuse_another_plan(checkpoint_args: Any) -> None:
     mine, theirs = get_args().hbp_plan_hash, getattr(checkpoint_args, "hbp_plan_hash", None)
     if theirs is not None and theirs != mine:
-        raise PlanError(
-            f"the checkpoint in {get_args().load} was trained with plan {theirs[:12]}, --hbp-plan is {mine[:12]}: "
-            f"resume with the plan it was trained with, or start anew with --finetune"
+        raise everywhere(
+            PlanError(
+                f"the checkpoint in {get_args().load} was trained with plan {theirs[:12]}, --hbp-plan is {mine[:12]}: "
+                f"resume with the plan it was trained with, or start anew with --finetune"
+            )
         )

@@ -9,7 +9,9 @@ from typing import NoReturn
 
 import torch
 
-from megatron_hbp.errors import ConfigError, HbpError
+from megatron_hbp.errors import HbpError
+from megatron_hbp.runtime.arguments import MegatronRefusal, parse, refused_by_megatron
+from megatron_hbp.runtime.refusals import PACKED, PLANNED
 
 
 def main() -> None:
@@ -38,17 +40,12 @@ def run(argv: list[str]) -> None:
     )
 
     options = HbpOptions.from_argv(argv)
-    flags = implied_flags(options) if options.train is not None else []
-    flags = platform_flags() + flags
-
-    # megatron.training reads sys.argv; later flags win, so the user's go last
-    sys.argv[1:] = flags + argv
+    implied, tables = (implied_flags(options), (PACKED, PLANNED)) if options.train is not None else ([], ())
+    args = parse(argv, implied=implied, add_arguments=add_hbp_arguments, subject="--hbp-plan", tables=tables)
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
 
-    args = parse_and_validate_args(extra_args_provider=add_hbp_arguments)
     lines = []
     if options.train is not None:
         check_together(args, options)
@@ -56,8 +53,8 @@ def run(argv: list[str]) -> None:
         lines = without_fused_mla_rotary(args)
     try:
         model = gpt_config_from_args(args)
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(f"Megatron-LM refuses this model: {error}") from error
+    except MegatronRefusal as error:
+        raise refused_by_megatron(error, "this model") from error
     if options.train is None:
         from megatron_hbp.training import plain
 
@@ -104,16 +101,6 @@ def run(argv: list[str]) -> None:
     leave()
 
 
-def platform_flags() -> list[str]:
-    """Apply the CPU platform layer where there is no CUDA device; with CUDA it isn't even imported."""
-    if torch.cuda.is_available() and os.environ.get("HBP_PLATFORM") != "cpu":
-        return []
-    from megatron_hbp.platform import cpu
-
-    cpu.apply()
-    return list(cpu.FLAGS)
-
-
 def leave() -> None:
     """End the process groups together."""
     if torch.distributed.is_initialized():
@@ -121,18 +108,21 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+PATIENCE = 20.0
+"""Seconds that ranks wait for rank 0 to end the run; importing Megatron-LM takes 5 to 10 where cores are few."""
+
+
 def fail(error: HbpError, program: str) -> NoReturn:
     """One line on stderr, the exit code where the launcher looks for it, and out.
 
-    Where all ranks come here with the same error, as before the process group exists, rank 0 speaks and the others wait
-    for it: torchrun ends all workers 0.1 s after the first one leaves.
+    Where all ranks come here with the same error, as before the process group exists, rank 0 speaks and leaves, and
+    torchrun ends the others 0.1 s later. A rank that is not ended in time speaks itself: rank 0 has no error.
     """
     rank = int(os.environ.get("RANK", "0"))
     together = error.is_everywhere or not torch.distributed.is_initialized()
     if rank and together:
-        time.sleep(3)
-    else:
-        print(f"{program}: {'' if together else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
-        if code_file := os.environ.get("HBP_EXIT_CODE_FILE"):
-            Path(code_file).write_text(f"{error.exit_code}\n", encoding="utf-8")
+        time.sleep(PATIENCE)
+    print(f"{program}: {'' if together and not rank else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
+    if code_file := os.environ.get("HBP_EXIT_CODE_FILE"):
+        Path(code_file).write_text(f"{error.exit_code}\n", encoding="utf-8")
     os._exit(error.exit_code)  # not sys.exit: threads of a process group that others no longer serve would hang it

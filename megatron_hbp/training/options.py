@@ -12,6 +12,7 @@ from megatron_hbp.planning import planfile
 from megatron_hbp.planning.exchange import EXCHANGES
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.types import Kernel
+from megatron_hbp.runtime.refusals import misuse
 
 
 def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -48,6 +49,7 @@ def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     )
     group.add_argument("--hbp-metrics", help="write one JSON line a step, and a summary per tier, here")
     _repair_help(parser)
+    parser.error = misuse  # type: ignore[method-assign]
     return parser
 
 
@@ -131,30 +133,21 @@ def implied_flags(options: HbpOptions) -> list[str]:
     return [str(word) for pair in flags.items() for word in pair] + ["--calculate-per-token-loss"]
 
 
+def check_layout(args: Any) -> None:
+    """Raise ConfigError where experts don't fit into the ranks: Megatron-LM finds out after its groups are begun."""
+    tp, ep, pp = args.expert_tensor_parallel_size, args.expert_model_parallel_size, args.pipeline_model_parallel_size
+    if args.world_size % (tp * ep * pp):
+        raise ConfigError(
+            f"{args.world_size} ranks cannot be divided into {tp} expert tensor-parallel x {ep} expert-parallel x {pp} "
+            f"pipeline ranks: give --expert-tensor-parallel-size 1, or other sizes"
+        )
+
+
 def check_together(args: Any, options: HbpOptions) -> None:
     """Raise ConfigError or PlanError where Megatron-LM's flags contradict the plan."""
     assert options.train is not None
     plan = options.train.plan
-    refused = {
-        "--context-parallel-size": args.context_parallel_size > 1 and "the plan sets the CP degree of each micro-batch",
-        "--hybrid-context-parallel": args.hybrid_context_parallel and "the plan sets the CP degree of each micro-batch",
-        "--data-path": args.data_path is not None and "the data come from --hbp-store",
-        "--sft": args.sft and "the data come from --hbp-store",
-        "--mtp-num-layers": args.mtp_num_layers and "multi-token prediction crosses the borders of samples in a pack",
-        "--iterations-to-skip": args.iterations_to_skip and "a step that is skipped would shift the plan",
-        "--rampup-batch-size": args.rampup_batch_size and "the plan sets the batch of each step",
-        "--cuda-graph-impl": args.cuda_graph_impl != "none" and "shapes and recompute change between micro-batches",
-        "--recompute-granularity": args.recompute_granularity is not None
-        and "the tiers set recompute: write it there, for example 16384:cp1:full28 or 16384:cp1:sel=core_attn",
-    }
-    for flag, reason in refused.items():
-        if reason:
-            raise ConfigError(f"{flag} cannot be used with --hbp-plan: {reason}")
-    if not args.calculate_per_token_loss or args.micro_batch_size != 1 or args.dataloader_type != "external":
-        raise ConfigError(
-            "--hbp-plan needs --calculate-per-token-loss, --micro-batch-size 1 and --dataloader-type external, "
-            "which it sets itself: drop what contradicts them"
-        )
+    check_layout(args)
     if plan.num_ranks != args.data_parallel_size:
         raise PlanError(
             f"the plan is for {plan.num_ranks} data-parallel ranks, this run has {args.data_parallel_size} (world "
@@ -163,10 +156,20 @@ def check_together(args: Any, options: HbpOptions) -> None:
         )
     if args.train_iters > plan.num_steps:
         raise PlanError(f"--train-iters {args.train_iters} exceeds the plan's {plan.num_steps} steps")
+    words = options.train.store.manifest.tokenizer.vocab_size
+    if args.vocab_size is not None and args.vocab_size < words:
+        raise ConfigError(f"--vocab-size {args.vocab_size} is less than the {words} words of --hbp-store's tokenizer")
+    if args.eval_iters and options.valid is None:
+        raise ConfigError(f"--eval-iters {args.eval_iters} needs held-out samples: give --hbp-valid-plan")
     for part in (options.train, options.valid):
         if part is not None and part.plan.schedule != "lockstep":
             _check_gang(args)
     if not shapes_vary(args, options):
+        if args.pipeline_model_parallel_size > 1 and args.seq_length % feed_unit(args):
+            raise ConfigError(
+                f"pipeline stages exchange {args.seq_length} local tokens, which is no multiple of {feed_unit(args)} "
+                f"(tensor and sequence parallelism, FP8): plan tiers with other packing lengths"
+            )
         return
     lengths = _stage_lengths(options)
     if args.virtual_pipeline_model_parallel_size is not None:
@@ -218,6 +221,24 @@ def without_fused_mla_rotary(args: Any) -> list[str]:
         return []
     args.apply_rope_fusion = False
     return ["rope fusion is off: Megatron-LM's kernel for latent attention knows no positions inside a pack"]
+
+
+def feed_unit(args: Any) -> int:
+    """What the local tokens of every micro-batch, a dummy's too, must be a multiple of.
+
+    Under sequence parallelism tensor-parallel ranks cut them evenly, and quantised GEMMs take rows in blocks: 16 for
+    FP8, 32 for MXFP8, more for FP4.
+    """
+    unit = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    if args.fp8:
+        from megatron.core.fp8_utils import get_fp8_align_size
+
+        return unit * get_fp8_align_size(args.fp8_recipe)
+    if args.fp4:
+        from megatron.core.fp4_utils import get_fp4_align_size
+
+        return unit * get_fp4_align_size(args.fp4_recipe)
+    return unit
 
 
 def shapes_vary(args: Any, options: HbpOptions) -> bool:

@@ -9,6 +9,7 @@ import json
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import megatron.core
 import numpy as np
@@ -17,9 +18,10 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.training import checkpointing, training
 
-from megatron_hbp.errors import PlanError
+from megatron_hbp.errors import DivergedError, PlanError
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import loss
 from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch
@@ -62,6 +64,7 @@ def parameters(callable_: object) -> list[str]:
         (training, "train", "get_forward_backward_func"),
         (training, "evaluate", "get_forward_backward_func"),
         (training, "train", "training_log"),
+        (training, "train", "consume_seqlen_stats_in_iteration"),
         (training, "evaluate_and_print_results", "evaluate"),
         (checkpointing, "load_checkpoint", "check_checkpoint_args"),
     ],
@@ -160,11 +163,13 @@ def args(monkeypatch, plan):
 
 def test_install_replaces_what_megatron_calls(monkeypatch, plan):
     names = [(training, name) for name in ("get_forward_backward_func", "training_log", "evaluate")]
+    names += [(training, "consume_seqlen_stats_in_iteration"), (RerunStateMachine, "should_checkpoint_and_exit")]
     names += [(checkpointing, "check_checkpoint_args"), (checkpointing, "_load_base_checkpoint")]
     before = {(module, name): getattr(module, name) for module, name in names}
     for (module, name), value in before.items():
         monkeypatch.setattr(module, name, value)  # put back after the test
-    hooks.install(SimpleNamespace(valid=None), RecomputeSwitch(), RunMetrics(plan, None))  # type: ignore[arg-type]
+    options: Any = SimpleNamespace(train=SimpleNamespace(plan=plan), valid=None)
+    hooks.install(options, RecomputeSwitch(), RunMetrics(plan, None))
     for (module, name), value in before.items():
         assert getattr(module, name) is not value and getattr(module, name).__wrapped__ is value
 
@@ -271,11 +276,58 @@ def test_what_all_ranks_share_is_read_before_the_tensors():
     assert told == ["True", "False"]
 
 
-def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan):
+def test_samples_and_tokens_are_those_of_the_plan(plan, args):
+    """Megatron-LM counts packs, the same number in every step, and takes --seq-length times that for tokens."""
+    seen = []
+    log = hooks._logging(
+        lambda *args, **kwargs: seen.append(values.consumed_train_samples), plan, RunMetrics(plan, None)
+    )
+    values, tokens = args, hooks._tokens_of_step(training.consume_seqlen_stats_in_iteration, plan)
+    assert tokens() == (3.0, 9.0)  # of the step that has run
+    for iteration in (1, 2):
+        args.consumed_train_samples = 999
+        log({}, {}, None, iteration)
+    args.curr_iteration = 1
+    assert seen == [1, 4] and tokens() == (4.0 + 5 + 6, 16.0 + 25 + 36)
+
+
+def test_counts_are_changed_where_megatron_logs_and_before_it_saves():
+    """training_log is called after the loop has added its own count, and before a checkpoint takes the arguments."""
+    body = function(training, "train")
+    (log,), (tokens,) = calls(body, "training_log"), calls(body, "consume_seqlen_stats_in_iteration")
+    counts = [
+        n.lineno for n in ast.walk(body) if isinstance(n, ast.AugAssign)
+        and ast.unparse(n.target) == "args.consumed_train_samples"
+    ]  # fmt: skip
+    assert max(counts) < tokens.lineno < log.lineno
+    saves = [call.lineno for call in calls(body, "checkpoint_and_decide_exit")]
+    assert saves and min(saves) > log.lineno
+    step = inspect.getsource(training.training_log)
+    assert "consumed samples: {:12d} |'.format(args.consumed_train_samples)" in step
+
+
+def test_a_step_that_is_not_finite_twice_ends_all_ranks_with_70(args):
+    args.curr_iteration = 6
+    check = hooks._diverging(lambda machine: machine)
+    assert check((False, False, 0)) == (False, False, 0)
+    for answer in ((True, True, 16), (False, True, 17)):
+        with pytest.raises(DivergedError, match="in iteration 7") as refused:
+            check(answer)
+        assert refused.value.is_everywhere and refused.value.exit_code == 70
+    (asks,) = [
+        n for n in ast.walk(function(training, "train_step")) if isinstance(n, ast.Call)
+        and ast.unparse(n.func) == "rerun_state_machine.should_checkpoint_and_exit"
+    ]  # fmt: skip
+    assert not asks.args  # before the optimizer's step
+    assert asks.lineno < min(n.lineno for n in ast.walk(function(training, "train_step"))
+                             if isinstance(n, ast.Call) and ast.unparse(n.func) == "optimizer.step")  # fmt: skip
+
+
+def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan, args):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     metrics, told = RunMetrics(plan, tmp_path / "m.jsonl"), []
-    log = hooks._logging(lambda *args, **kwargs: told.append((args, kwargs)) or "flag", metrics)
+    log = hooks._logging(lambda *args, **kwargs: told.append((args, kwargs)) or "flag", plan, metrics)
     assert log({"lm loss": 1.25}, {}, 0.5, 2, 1.0, True, 0, 0.75, None, is_first_iteration=False) == "flag"
     evaluate = hooks._reporting(lambda *args, **kwargs: ({"lm loss": 2.5}, None, False), metrics)
     assert evaluate("anything")[0] == {"lm loss": 2.5}

@@ -17,6 +17,7 @@ from megatron_hbp.errors import ConfigError, DataError, PlanError
 from megatron_hbp.planning import planfile
 from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.runtime import arguments
 from megatron_hbp.training import main, options
 from megatron_hbp.training.options import HbpOptions, PlannedData
 from tests.equivalence.plans import plan_of
@@ -190,7 +191,7 @@ def test_the_users_flags_go_last(files, monkeypatch):
 
     user = ["--hbp-plan", str(files.plan()), "--hbp-store", str(files.store()), "--train-iters", "1"]
     monkeypatch.setattr("megatron.training.arguments.parse_and_validate_args", parse)
-    monkeypatch.setattr(main, "platform_flags", lambda: ["--distributed-backend", "gloo"])
+    monkeypatch.setattr(arguments, "platform_flags", lambda: ["--distributed-backend", "gloo"])
     monkeypatch.setattr("sys.argv", ["pretrain_hbp.py", *user])
     with pytest.raises(ArgumentsAreReadHere):
         main.run(user)
@@ -209,13 +210,14 @@ def test_our_flags_are_plain_values_for_megatrons_checkpoints():
 def megatron(**changes: object) -> SimpleNamespace:
     """Megatron-LM's arguments as a run of this plan has them."""
     values: dict[str, object] = {
-        **dict.fromkeys(("hybrid_context_parallel", "sft", "overlap_grad_reduce", "overlap_param_gather"), False),
-        **dict.fromkeys(("data_path", "mtp_num_layers", "rampup_batch_size", "num_experts", "recompute_granularity")),
-        **dict.fromkeys(("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"), 1),
-        "micro_batch_size": 1, "calculate_per_token_loss": True, "dataloader_type": "external",
-        "data_parallel_size": 2, "world_size": 2, "train_iters": 2, "seq_length": 32,
-        "virtual_pipeline_model_parallel_size": None, "moe_token_dispatcher_type": "alltoall",
-        "iterations_to_skip": [], "cuda_graph_impl": "none", "moe_aux_loss_coeff": 0.0,
+        **dict.fromkeys(("overlap_grad_reduce", "overlap_param_gather", "sequence_parallel"), False),
+        **dict.fromkeys(("num_experts", "recompute_granularity", "virtual_pipeline_model_parallel_size", "fp8", "fp4")),
+        **dict.fromkeys(
+            ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+             "expert_tensor_parallel_size"), 1),
+        "data_parallel_size": 2, "world_size": 2, "train_iters": 2, "seq_length": 32, "fp8_recipe": "delayed",
+        "moe_token_dispatcher_type": "alltoall", "moe_aux_loss_coeff": 0.0, "vocab_size": 320, "eval_iters": 0,
+        "multi_latent_attention": False,
     }  # fmt: skip
     assert changes.keys() <= values.keys()
     return SimpleNamespace(**values | changes)
@@ -234,40 +236,35 @@ def test_what_goes_together(files, changes):
     options.check_together(megatron(**changes), loaded(files))
 
 
-@pytest.mark.parametrize(
-    "changes, flag",
-    [
-        ({"context_parallel_size": 2}, "--context-parallel-size"),
-        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
-        ({"data_path": ["x"]}, "--data-path"),
-        ({"sft": True}, "--sft"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
-        ({"iterations_to_skip": [3]}, "--iterations-to-skip"),
-        ({"rampup_batch_size": [1, 1, 1]}, "--rampup-batch-size"),
-        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
-        ({"recompute_granularity": "full"}, "--recompute-granularity"),
-    ],
-)
-def test_flags_that_contradict_a_plan(files, changes, flag):
-    with pytest.raises(ConfigError, match=f"^{flag} cannot be used with --hbp-plan: .") as refused:
-        options.check_together(megatron(**changes), loaded(files))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"calculate_per_token_loss": False}, {"micro_batch_size": 2}, {"dataloader_type": "single"}]
-)
-def test_flags_that_a_plan_needs(files, changes):
-    with pytest.raises(ConfigError, match=r"^--hbp-plan needs --calculate-per-token-loss, --micro-batch-size 1"):
-        options.check_together(megatron(**changes), loaded(files))
-
-
 def test_a_plan_for_other_ranks(files):
     args = megatron(data_parallel_size=4, world_size=16, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     with pytest.raises(PlanError) as refused:
         options.check_together(args, loaded(files))
     for part in ("for 2 data-parallel ranks", "this run has 4", "world 16 / TP 2 / PP 2", "hbp plan --ranks 4"):
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"vocab_size": 319}, "--vocab-size 319 is less than the 320 words"),
+        ({"eval_iters": 5}, "--eval-iters 5 needs held-out samples: give --hbp-valid-plan"),
+        (
+            {"world_size": 4, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2,
+             "expert_model_parallel_size": 4},
+            "4 ranks cannot be divided into 2 expert tensor-parallel x 4 expert-parallel x 1 pipeline ranks",
+        ),
+        (
+            {"world_size": 4, "pipeline_model_parallel_size": 2, "fp8": "hybrid", "fp8_recipe": "mxfp8",
+             "tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "exchange 32 local tokens, which is no multiple of 64",
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together(files, changes, told):
+    equal = (Tier(packing_length=32), Tier(packing_length=64, cp_degree=2))
+    with pytest.raises(ConfigError, match=told):
+        options.check_together(megatron(**changes), loaded(files, tiers=equal))
 
 
 def test_more_iterations_than_steps(files):
