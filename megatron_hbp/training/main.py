@@ -85,7 +85,8 @@ def run(argv: list[str]) -> None:
     install_context_capture()
     drop_stale_lock(args.recompute_modules or ())
     switch, packed = RecomputeSwitch(), with_packed_model(model)
-    policies = {f"tier {tier}": tier.recompute for settled in tiers for tier in settled}
+    plans = [part.plan for part in (options.train, options.valid) if part is not None]
+    policies = {f"tier {tier}": tier.recompute for plan in plans for tier in plan.tiers}
     packed.pre_wrap_hooks.append(partial(switch.take, policies=policies))
     metrics = RunMetrics(options.train.plan, options.metrics)
     hooks.install(options, switch, metrics)
