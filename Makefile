@@ -28,6 +28,7 @@ coverage-table: setup
 
 check: setup
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/hadolint Dockerfile
 	@$(VENV)/bin/shellcheck scripts/*.sh scripts/slurm/*.sbatch recipes/*.sh .ci/run

@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.exchange_ranks import COUNTED_TOKENS, NODE_SIZE, ROUNDS, TIMED_TOKENS, request_of
+from benchmarks.lengths import generate
 from megatron_hbp.data.prepare import prepare_store
 from megatron_hbp.data.tokenizer import ChatTokenizer
 from megatron_hbp.demo.corpus import build_corpus
-from megatron_hbp.planning import make_plan, parse_tiers, planfile
-from megatron_hbp.planning.cost import DEEPSEEK_V2, CostModel, preset
-from megatron_hbp.planning.exchange import (
+from megatron_hbp.planning import make_plan, parse_tiers
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.exchanges import (
     EXCHANGES,
     AttentionShape,
     Exchange,
@@ -36,8 +37,10 @@ from megatron_hbp.planning.exchange import (
     price,
     refusal,
 )
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import DEEPSEEK_V2, CostModel, preset
+from megatron_hbp.planning.request import Request
 from tests.launching import launch
 
 LLAMA_8B = AttentionShape(num_query_heads=32, num_kv_heads=8, qk_width=128, v_width=128)
@@ -209,12 +212,10 @@ def modelled_table(folder: Path) -> list[Table]:
         tiers = f"16384:cp1:full{layers},32768:cp2:full{layers},65536:cp4:full{layers},131072:cp8:full{layers}"
         lengths = np.concatenate([generate("tulu3", num_samples=60_000), generate("longcite", num_samples=3_000)])
         plan = make_plan(
-            lengths,
-            tiers=parse_tiers(tiers),
-            num_ranks=ranks,
-            step_tokens=4 * ranks * 16384,
-            cost=cost,
-            overlong="drop",
+            Samples.of(lengths),
+            Request(
+                tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=4 * ranks * 16384, cost=cost, overlong="drop"
+            ),
         )
         best, worst = choices(plan, cost, best=True), choices(plan, cost, best=False)
         ulysses: list[Exchange] = ["a2a"] * len(plan.tiers)
@@ -298,10 +299,7 @@ def gang_table(folder: Path) -> list[Table]:
     store = prepare_store(inputs=[corpus.train.path], tokenizer=tokenizer, out=folder / "train", overwrite=True)
     plans = {}
     for schedule in ("lockstep", "gang"):
-        plans[schedule] = make_plan(
-            store.lengths, tiers=parse_tiers(GANG_TIERS), num_ranks=4, step_tokens=STEP_TOKENS, schedule=schedule,  # type: ignore[arg-type]
-            store_fingerprint=store.fingerprint,
-        )  # fmt: skip
+        plans[schedule] = make_plan(Samples.of(store.lengths, store_fingerprint=store.fingerprint), Request(tiers=parse_tiers(GANG_TIERS), num_ranks=4, step_tokens=STEP_TOKENS, schedule=schedule))  # fmt: skip
         planfile.save(plans[schedule], folder / f"{schedule}.plan")
     busy = ask(folder, 4, "busy", {}, data=str(folder), plans=list(plans), steps=GANG_STEPS)
     table = table_of(

@@ -25,8 +25,8 @@ from megatron_hbp.model import context as micro_batch_context  # noqa: E402
 from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
 from megatron_hbp.planning import planfile  # noqa: E402
-from megatron_hbp.planning.exchange import EXCHANGES, AttentionShape, Exchange, refusal  # noqa: E402
-from megatron_hbp.planning.types import Tier  # noqa: E402
+from megatron_hbp.planning.core.exchanges import EXCHANGES, AttentionShape, Exchange, refusal  # noqa: E402
+from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training.feed import Feed, MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402

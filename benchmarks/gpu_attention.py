@@ -23,7 +23,7 @@ from rich.table import Table
 
 from megatron_hbp.model import kernels
 from megatron_hbp.model.split import Segments
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.planning.core.tiers import Recompute
 
 ROUNDS = 20
 TARGET = 0.97

@@ -2,7 +2,7 @@
 
     python -m benchmarks.paper_tables [--lengths LENGTHS.npy] [--write benchmarks/paper_tables.md]
 
-Paper: arXiv 2503.07680v3. Lengths are generated (planning/generators.py), the data sets' own are not available. GPU
+Paper: arXiv 2503.07680v3. Lengths are generated (benchmarks/lengths.py), the data sets' own are not available. GPU
 days need the number of epochs, which the paper does not say: one factor, set by table 6's first row, serves all tables.
 """
 
@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from megatron_hbp.planning.simulate.topology import Topology
 
+from benchmarks.calibrate import RATES, Fit, Timing, fit
+from benchmarks.lengths import generate
 from benchmarks.peers.flexsp import flexsp
 from megatron_hbp.planning import Plan, make_plan, parse_tiers
-from megatron_hbp.planning.calibrate import RATES, Fit, Timing, fit
-from megatron_hbp.planning.cost import CostModel, preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.packing import METHODS, PackingMethod, isf
-from megatron_hbp.planning.planner import method_plan
-from megatron_hbp.planning.quality import side_by_side_abr
-from megatron_hbp.planning.simulate import simulate
-from megatron_hbp.planning.topology import Topology
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import CostModel, preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import side_by_side_abr
+from megatron_hbp.planning.packing.methods import METHODS, PackingMethod, isf
+from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.simulate.simulator import simulate
 
 NAIVE = "131072:cp8:full28"
 TWO_TIERS = "16384:cp1:full28,131072:cp8:full28"
@@ -97,10 +98,7 @@ class Row:
 def packed(lengths: np.ndarray, tiers: str, *, cost: CostModel, method: PackingMethod = isf, balanced: bool = False,
            ranks: int = 32) -> Plan:  # fmt: skip
     """The paper's pipeline: ISF, GreedyFill, one slot a step; samples beyond the longest tier are left out."""
-    return method_plan(
-        lengths, tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=ranks * LOCAL, method=method,
-        balanced=balanced, cost=cost, overlong="drop",
-    )  # fmt: skip
+    return make_plan(Samples.of(lengths), Request(tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=ranks * LOCAL, packing=method, is_balanced=balanced, cost=cost, overlong="drop"))  # fmt: skip
 
 
 def epoch(plan: Plan, cost: CostModel, *, ep: int = 1) -> float:
@@ -122,7 +120,8 @@ class Study:
         self.split = packed(lengths, TWO_TIERS, cost=cost)
         self.balanced = packed(lengths, TWO_TIERS, cost=cost, balanced=True)
         self.ours = make_plan(
-            lengths, tiers=parse_tiers(TWO_TIERS), num_ranks=32, step_tokens=32 * LOCAL, cost=cost, overlong="drop"
+            Samples.of(lengths),
+            Request(tiers=parse_tiers(TWO_TIERS), num_ranks=32, step_tokens=32 * LOCAL, cost=cost, overlong="drop"),
         )
         self.epochs = 5.22 / days(epoch(self.naive, cost), self.naive)
 

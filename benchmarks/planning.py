@@ -15,24 +15,25 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lengths import generate
+from benchmarks.online import plan_batch
 from megatron_hbp.planning import Plan, make_plan, parse_tiers
-from megatron_hbp.planning.cost import ATTENTION_ONLY, CostModel, preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.layout import Request
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.online import plan_batch
-from megatron_hbp.planning.packing import isf
-from megatron_hbp.planning.peers import PEERS
-from megatron_hbp.planning.plan import DataFingerprint
-from megatron_hbp.planning.planner import method_plan, naive_plan
-from megatron_hbp.planning.quality import (
+from megatron_hbp.planning.core.plan import DataFingerprint
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import layers
+from megatron_hbp.planning.cost.model import ATTENTION_ONLY, CostModel, preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import (
     loss_token_variation,
     lower_bound,
     noisy_step_ratio,
     randomness,
     side_by_side_abr,
 )
-from megatron_hbp.planning.types import layers
+from megatron_hbp.planning.peers import PEERS
+from megatron_hbp.planning.planner import naive_plan
+from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.schedule.placement import Request
 
 LLAMA, DEEPSEEK = preset("llama3.1-8b-h100"), preset("deepseek-v2-h100")
 LOCAL_TOKENS = 16384
@@ -50,7 +51,9 @@ def plan_for(lengths: np.ndarray, tiers: str, *, ranks: int = 32, slots: int = 1
     """A plan of this package; steps of `slots` full slots."""
     options.setdefault("cost", LLAMA)
     step_tokens = slots * ranks * LOCAL_TOKENS
-    return make_plan(lengths, tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=step_tokens, **options)
+    return make_plan(
+        Samples.of(lengths), Request(tiers=parse_tiers(tiers), num_ranks=ranks, step_tokens=step_tokens, **options)
+    )
 
 
 def over_bound(lengths: np.ndarray, plan: Plan, cost: CostModel = LLAMA) -> float:
@@ -83,13 +86,13 @@ def rows(lengths: np.ndarray) -> Iterator[Row]:
 def paper_rows(lengths: np.ndarray) -> Iterator[Row]:
     """The paper's own method, to see that data and measures are those of the paper."""
     common = {"tiers": parse_tiers(TWO_TIERS), "num_ranks": 32, "step_tokens": 32 * LOCAL_TOKENS}
-    abr = side_by_side_abr(naive_plan(lengths, **common), 4, sort=False)
+    abr = side_by_side_abr(naive_plan(Samples.of(lengths), Request(**common)), 4, sort=False)
     yield "ABR, naive ISF in 128K, N = 4 groups of 128K", f"{abr:.3f}", ".506 +- .03", abs(abr - 0.506) <= 0.03
-    unsorted = method_plan(lengths, **common, method=isf, balanced=False)
+    unsorted = make_plan(Samples.of(lengths), Request(**common, packing="ISF", is_balanced=False))
     abr, cr = side_by_side_abr(unsorted, 4, sort=False), plan_metrics(unsorted, LLAMA).cr
     yield "ABR, two tiers unsorted, N = 4 groups of 128K", f"{abr:.3f}", ".288 +- .03", abs(abr - 0.288) <= 0.03
     yield "CR, the same", f"{cr:.3f}", ".173 +- .03", abs(cr - 0.173) <= 0.03
-    balanced = method_plan(lengths, **common, method=isf, balanced=True, cost=LLAMA)
+    balanced = make_plan(Samples.of(lengths), Request(**common, packing="ISF", is_balanced=True, cost=LLAMA))
     yield "paper's method: epoch over the lower bound", f"{over_bound(lengths, balanced):.4f}", "(for scale)", None
     yield "paper's method: eta^2", f"{randomness(balanced).eta_squared:.4f}", "(for scale)", None
 

@@ -27,12 +27,15 @@ from rich.table import Table
 
 from megatron_hbp.demo.__main__ import NUM_RANKS, TIERS
 from megatron_hbp.demo.models import MODELS
-from megatron_hbp.planning import planfile, profile_table
-from megatron_hbp.planning.cost_file import cost_model
-from megatron_hbp.planning.fit import fit_profile, spearman
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import parse_tiers
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.file import cost_model
+from megatron_hbp.planning.cost.fit import fit_profile, spearman
+from megatron_hbp.planning.cost.profile_memory import peak_of
 from megatron_hbp.planning.planner import make_plan
-from megatron_hbp.planning.profile_memory import peak_of
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.request import Request
 from megatron_hbp.report.profile_tables import fit_lines, fit_table
 
 GRID = ["--lengths", "512,1024,8192", "--most-local", "2048", "--cp", "1,4", "--recompute", "none,full2"]
@@ -83,7 +86,9 @@ def unseen_plan(path: Path) -> Path:
     short = np.clip(np.exp(rng.normal(5.0, 1.2, 170)), 16, 1024)
     long = np.exp(rng.uniform(np.log(1100), np.log(8192), 22))
     lengths = np.concatenate([short, long]).astype(np.int64)
-    plan = make_plan(rng.permutation(lengths), tiers=parse_tiers(TIERS), num_ranks=NUM_RANKS, step_tokens=16384)
+    plan = make_plan(
+        Samples.of(rng.permutation(lengths)), Request(tiers=parse_tiers(TIERS), num_ranks=NUM_RANKS, step_tokens=16384)
+    )
     planfile.save(plan, path)
     return path
 

@@ -28,7 +28,7 @@ def main() -> None:
     argv = sys.argv[1:]
     options = ProfileOptions.from_argv(argv)
     platform_flags()  # before anything of Megatron-LM is imported
-    from megatron_hbp.planning.profile_table import Setting
+    from megatron_hbp.planning.cost.profile_table import Setting
     from megatron_hbp.profiling.measure import agree
     from megatron_hbp.profiling.packs import plan_of_one_pack
     from megatron_hbp.profiling.session import build

@@ -19,13 +19,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lengths import generate
 from megatron_hbp.data.manifest import BULK_FILES, TokenizerInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.writer import StoreWriter
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.request import Request
 from megatron_hbp.training.feed import Feed, MicroBatch
 
 TIERS = "16384:cp1,32768:cp2,65536:cp4,131072:cp8"
@@ -48,7 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         store = random_store(Path(folder) / "store")
         plan = make_plan(
-            store.lengths, tiers=parse_tiers(TIERS), num_ranks=32, step_tokens=2 * 32 * 16384, overlong="drop"
+            Samples.of(store.lengths),
+            Request(tiers=parse_tiers(TIERS), num_ranks=32, step_tokens=2 * 32 * 16384, overlong="drop"),
         )
         for table in (making_table(store, plan), waiting_table(store, plan)):
             console.print(table)

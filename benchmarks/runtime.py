@@ -31,7 +31,7 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron_hbp.model import loss  # noqa: E402
 from megatron_hbp.model.context import bind, on_bind  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
-from megatron_hbp.planning.types import Recompute  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute  # noqa: E402
 from megatron_hbp.training.feed import MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build, transformer_config  # noqa: E402

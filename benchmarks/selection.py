@@ -3,7 +3,7 @@
     python -m benchmarks.selection [--samples N] [--write benchmarks/selection.md]
 
 Llama-3.1-8B on 32 GPUs, 524,288 tokens a step, the shipped preset with 0.02 s and with 0.19 s a micro-batch; lengths
-are generated (planning/generators.py). Samples over 128K are left out. Seconds are modelled, of plans that were made.
+are generated (benchmarks/lengths.py). Samples over 128K are left out. Seconds are modelled, of plans that were made.
 """
 
 import argparse
@@ -13,14 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from megatron_hbp.planning.select.settings import ProfileRow, iteration_row, select_paper
 
+from benchmarks.lengths import generate
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.select import ProfileRow, iteration_row, select_paper
-from megatron_hbp.planning.select_joint import select_joint
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.select.joint import select_joint
 
 RANKS, LOCAL, LONGEST = 32, 16384, 131072
 PUBLISHED = "16384:cp1:full28,131072:cp8:full28"
@@ -79,7 +81,8 @@ def compared(samples: int | None) -> Iterator[str]:
             spent = time.process_time() - start
             paper = next(one for one in found.tried if one.source == "paper")
             published = make_plan(
-                lengths, tiers=parse_tiers(PUBLISHED), num_ranks=RANKS, step_tokens=RANKS * LOCAL, cost=cost
+                Samples.of(lengths),
+                Request(tiers=parse_tiers(PUBLISHED), num_ranks=RANKS, step_tokens=RANKS * LOCAL, cost=cost),
             )
             equal = min((one.seconds for one in found.tried if one.has_equal_local_tokens), default=np.nan)
             ours, theirs = found.chosen.seconds, plan_metrics(published, cost).epoch_seconds

@@ -14,17 +14,19 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+from megatron_hbp.planning.simulate.topology import Topology
 
+from benchmarks.lengths import generate
 from benchmarks.paper_tables import LOCAL, NAIVE, TWO_TIERS, calibrated, packed
 from megatron_hbp.planning import Plan, make_plan, parse_tiers
-from megatron_hbp.planning.cost import CostModel, TierCost, preset
-from megatron_hbp.planning.generators import generate
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.model import CostModel, TierCost, preset
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic
 from megatron_hbp.planning.peers.static_cp import static_cp
-from megatron_hbp.planning.select_joint import select_joint
-from megatron_hbp.planning.simulate import Simulation, simulate
-from megatron_hbp.planning.topology import Topology
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.select.joint import select_joint
+from megatron_hbp.planning.simulate.simulator import Simulation, simulate
 
 FOUR_TIERS = "16384:cp1:full28,32768:cp2:full28,65536:cp4:full28,131072:cp8:full28"
 
@@ -65,10 +67,7 @@ class Setting:
 
     def plan(self, lengths: np.ndarray, tiers: tuple[Tier, ...], cost: CostModel | None = None) -> Plan:
         """Ours: random order, balanced on the whole cost."""
-        return make_plan(
-            lengths, tiers=tiers, num_ranks=self.ranks, step_tokens=self.slots * self.ranks * LOCAL,
-            cost=cost or self.cost, overlong="drop",
-        )  # fmt: skip
+        return make_plan(Samples.of(lengths), Request(tiers=tiers, num_ranks=self.ranks, step_tokens=self.slots * self.ranks * LOCAL, cost=cost or self.cost, overlong="drop"))  # fmt: skip
 
 
 def settings() -> Iterator[Setting]:
@@ -185,10 +184,7 @@ def scale() -> list[str]:
         ranks = topology.num_ranks
         # CP 8 does not divide the 4 query heads of a rank at TP 8
         tiers = FOUR_TIERS.replace("cp8", "cp8:exchange=all_gather") if tp == 8 else FOUR_TIERS
-        plan = make_plan(
-            lengths, tiers=parse_tiers(tiers), num_ranks=ranks, slot_multiple=pp,
-            step_tokens=max(4, 2 * pp) * ranks * LOCAL,
-        )  # fmt: skip
+        plan = make_plan(Samples.of(lengths), Request(tiers=parse_tiers(tiers), num_ranks=ranks, slot_multiple=pp, step_tokens=max(4, 2 * pp) * ranks * LOCAL))  # fmt: skip
         start = time.process_time()
         simulate(plan, preset("llama3.1-8b-h100"), topology)
         seconds = time.process_time() - start

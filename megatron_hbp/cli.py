@@ -1,11 +1,11 @@
-"""The console command `hbp`: one sub-command a file in `commands/`, and one place where errors become exit codes."""
+"""The console command `hbp`: one file in `commands/` per sub-command, and one place where errors become exit codes."""
 
 import sys
 from typing import Any
 
 import typer
 
-from megatron_hbp.commands import plan, prepare, profile, simulate
+from megatron_hbp.commands import plan, prepare, profile, simulate, store
 from megatron_hbp.errors import ConfigError, HbpError
 
 UsageError: Any = typer.BadParameter.__base__
@@ -19,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prepare")(prepare.prepare)
+app.add_typer(store.app, name="store")
 app.add_typer(plan.app, name="plan")
 app.command("profile", context_settings={"allow_extra_args": True})(profile.profile)
 app.command("simulate")(simulate.simulate_plan)
@@ -29,9 +30,11 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except UsageError as error:
-        told, command = error.format_message(), error.ctx.command_path if error.ctx else "hbp"
-        # nothing was asked for, and the message is the help
-        print(told if "\n" in told else f"hbp: {told.rstrip('.')}; see `{command} --help`", file=sys.stderr)
+        message, command = error.format_message(), error.ctx.command_path if error.ctx else "hbp"
+        if "\n" in message:  # no arguments, and no rich: the message is the help
+            print(message, file=sys.stderr)
+        elif message:  # empty where rich has printed the help already
+            print(f"hbp: {message.rstrip('.')}; see `{command} --help`", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
     except HbpError as error:
         print(f"hbp: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make a virtual environment with everything this project needs: scripts/setup.sh DIRECTORY
+# Create a virtual environment with everything this project needs: scripts/setup.sh DIRECTORY
 #
-# Wants Python 3.12 or newer: $PYTHON if set, else the first that runs of python3.12, python3.13, python3, and pyenv's own.
+# Requires Python 3.12 or newer: $PYTHON if set, else the first that runs of python3.12, python3.13, python3, and pyenv's own.
 
 set -euo pipefail
 
@@ -26,7 +26,7 @@ find_python() {
 }
 
 python="$(find_python)"
-echo "setup: $("${python}" --version), into ${venv}/ (about 3 GB to download, 7 GB on disk; two to ten minutes)"
+echo "setup: $("${python}" --version), into ${venv}/ (about 3 GB to download, 5.5 GB on disk; two to ten minutes)"
 rm -rf "${venv}"
 "${python}" -m venv "${venv}"
 "${venv}/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r constraints.txt

@@ -19,10 +19,10 @@ import numpy as np
 from megatron.core.pipeline_parallel.hybrid_cp_schedule import BalancedCPScheduler
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.cost import CostModel
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.packing.best_fit import best_fit_decreasing
 from megatron_hbp.planning.peers.common import UNIT, PlanWriter, least_degree, random_steps
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.tight import best_fit_decreasing
 
 
 def balanced_cp(

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel, TierCost
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel, TierCost
 from megatron_hbp.planning.peers.common import UNIT, PlanWriter, cp_degrees, least_degree, random_steps, tier_of_degree
-from megatron_hbp.planning.plan import Plan
 
 Gangs = list[tuple[int, np.ndarray]]
 """CP degree and sample ids of each gang of one micro-batch."""

@@ -1,4 +1,4 @@
-"""What plans are compared by, beside `megatron_hbp.planning.metrics`: the lower bound, randomness, waits inside gangs.
+"""What plans are compared by, beside `planning/measure/metrics.py`: the lower bound, randomness, waits inside gangs.
 
 Lower bound of an epoch: every sample runs at its cheapest legal setting, a power of two of ranks that holds it with at
 most so many tokens a rank as the recompute allows; its work is perfectly divisible over all ranks; the fixed cost of a
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.metrics import PlanMetrics, plan_metrics, rank_grid, step_seconds
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Recompute, Tier
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.measure.metrics import PlanMetrics, plan_metrics, rank_grid, step_seconds
 
 
 @dataclass(frozen=True, kw_only=True)

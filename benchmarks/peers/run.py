@@ -18,18 +18,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lengths import generate
 from benchmarks.peers.balanced_cp import balanced_cp
 from benchmarks.peers.flexsp import flexsp
 from benchmarks.peers.measure import Comparison, compare
-from megatron_hbp.planning.cost import DEFAULT_COST_MODEL, CostModel, preset
-from megatron_hbp.planning.generators import generate
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import DEFAULT_COST_MODEL, CostModel, preset
 from megatron_hbp.planning.peers.common import UNIT, Peer, cp_degrees, static_degree, tier_of_degree
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic
 from megatron_hbp.planning.peers.skrull import joined_packs, skrull
 from megatron_hbp.planning.peers.static_cp import static_cp
 from megatron_hbp.planning.peers.verl_kk import verl_kk
-from megatron_hbp.planning.plan import Plan
 from megatron_hbp.planning.planner import Schedule, make_plan
+from megatron_hbp.planning.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ def hbp(
     degrees = cp_degrees(static_degree(lengths, unit, num_ranks))
     tiers = tuple(tier_of_degree(int(degree), unit, cost) for degree in degrees)
     return make_plan(
-        lengths, tiers=tiers, num_ranks=num_ranks, step_tokens=step_tokens, seed=seed, schedule=schedule, cost=cost
+        Samples.of(lengths),
+        Request(tiers=tiers, num_ranks=num_ranks, step_tokens=step_tokens, seed=seed, schedule=schedule, cost=cost),
     )
 
 

@@ -1,48 +1,47 @@
 """`hbp prepare`: chat JSONL -> token store."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import numpy as np
 import typer
+from rich.console import Console
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from megatron_hbp.data.store import TokenStore
+from megatron_hbp.data.formats import FORMATS
+from megatron_hbp.data.jsonl import input_bytes
+from megatron_hbp.data.prepare import prepare_store, skipped_by_kind
+from megatron_hbp.data.store import TokenStore
+from megatron_hbp.data.tokenizer import ChatTokenizer
+from megatron_hbp.report.progress import byte_progress
+
+INPUT_HELP = f"JSONL file with one chat per line; formats: {', '.join(one.name for one in FORMATS)}. Repeatable."
 
 
 def prepare(
-    inputs: Annotated[
-        list[Path], typer.Option("--input", "-i", help="Chat JSONL, an object with `messages` a line. Repeatable.")
-    ],
+    inputs: Annotated[list[Path], typer.Option("--input", "-i", help=INPUT_HELP)],
     tokenizer: Annotated[str, typer.Option(help="Directory of a Hugging Face tokenizer, or its hub name.")],
-    out: Annotated[Path, typer.Option(help="Token store to write, a directory.")],
+    out: Annotated[Path, typer.Option(help="Directory of the token store to write.")],
     chat_template: Annotated[
         Path | None,
         typer.Option(
-            help="Jinja chat template to use instead of the tokenizer's own; it marks what the assistant says with "
+            help="Jinja chat template that replaces the tokenizer's own; it encloses the assistant's text in "
             "{% generation %} ... {% endgeneration %}."
         ),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(metavar="TOKENS", help="Refuse (with --lenient: skip) longer samples. None is cut.")
+        int | None,
+        typer.Option(metavar="TOKENS", help="Refuse (with --lenient: skip) longer samples; none is truncated."),
     ] = None,
     lenient: Annotated[bool, typer.Option("--lenient", help="Skip bad chats and count them by kind.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a token store that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing token store.")] = False,
 ) -> None:
-    """Turn chats into a token store: tokens, and a loss mask on the assistant's turns only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from megatron_hbp.data.chats import input_bytes
-    from megatron_hbp.data.prepare import prepare_store
-    from megatron_hbp.data.tokenizer import ChatTokenizer
-
+    """Turn chats into a token store: tokens, and a loss mask that covers the assistant's turns only."""
     total = input_bytes(inputs)
     terminal = Console(stderr=True)
     with terminal.status(f"loading tokenizer {tokenizer}"):
         chat_tokenizer = ChatTokenizer.load(tokenizer, template_file=chat_template)
-    columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("left"))
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
-        task = progress.add_task("tokenising", total=total)
+    with byte_progress("tokenising", total, terminal) as advance:
         store = prepare_store(
             inputs=inputs,
             tokenizer=chat_tokenizer,
@@ -50,18 +49,12 @@ def prepare(
             lenient=lenient,
             max_length=max_length,
             overwrite=overwrite,
-            on_progress=lambda bytes_read: progress.advance(task, bytes_read),
+            on_progress=advance,
         )
     _print_summary(store)
 
 
-def _print_summary(store: "TokenStore") -> None:
-    import numpy as np
-    from rich.console import Console
-    from rich.table import Table
-
-    from megatron_hbp.data.prepare import skipped_by_kind
-
+def _print_summary(store: TokenStore) -> None:
     manifest = store.manifest
     table = Table(title=f"token store {store.path}", title_justify="left", show_header=False)
     table.add_column()

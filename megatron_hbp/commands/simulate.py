@@ -3,61 +3,61 @@
 import json
 import math
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from megatron_hbp.commands import shared
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.cost_file import cost_model
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.simulate import Simulation, simulate
-from megatron_hbp.planning.topology import Topology
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.machine import Topology
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.simulate.simulator import Simulation, simulate
 from megatron_hbp.report.simulation import draw_steps, idle_table, summary_table
-from megatron_hbp.report.terminal import wide_console
+from megatron_hbp.report.terminal import table_console
 
 
 def simulate_plan(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN")],
     nodes: Annotated[int, typer.Option(help="Nodes.")],
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
-    tp: Annotated[int, typer.Option(help="Tensor parallel GPUs.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
-    virtual_stages: Annotated[int, typer.Option(help="Model chunks of a stage (interleaved 1F1B).")] = 1,
-    ep: Annotated[int, typer.Option(help="Expert parallel ranks.")] = 1,
-    cost: Annotated[str | None, typer.Option(help="Cost model; without it the plan's own.")] = None,
-    node_bandwidth: Annotated[float | None, typer.Option(min=1.0, help="GB/s of a rank inside a node.")] = None,
-    cluster_bandwidth: Annotated[float | None, typer.Option(min=1.0, help="GB/s of a rank between nodes.")] = None,
+    gpus_per_node: shared.GpusPerNode = 8,
+    tp: shared.Tp = 1,
+    pp: shared.Pp = 1,
+    virtual_stages: shared.VirtualStages = 1,
+    ep: shared.Ep = 1,
+    cost: shared.PlansCost = None,
+    node_bandwidth: Annotated[float | None, typer.Option(min=1.0, help="GB/s of a GPU inside a node.")] = None,
+    cluster_bandwidth: Annotated[float | None, typer.Option(min=1.0, help="GB/s of a GPU between nodes.")] = None,
     overlap: Annotated[float, typer.Option(help="Share of compute under which exchanges hide, 0 to 1.")] = 0.0,
     overlap_gradients: Annotated[bool, typer.Option(help="Hide gradient sync under passes.")] = True,
     fully_sharded: Annotated[bool, typer.Option(help="Weights and gradients are sharded too.")] = False,
-    gpu_memory: Annotated[float, typer.Option(min=1.0, help="GB of a GPU.")] = 80.0,
+    gpu_memory: shared.GpuMemory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every step.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw steps over time to a PNG or SVG file.")] = None,
-    step: Annotated[int | None, typer.Option(min=0, help="The step to draw; the one that waits most.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="The step to draw; default: the one that waits most.")] = None,
 ) -> None:
     """Simulate a plan on a cluster: epoch, idle time by cause, GPU days, memory."""
     given = {"node-bandwidth": node_bandwidth, "cluster-bandwidth": cluster_bandwidth, "gpu-memory": gpu_memory}
     for flag, value in given.items():
-        # inf is a float to the parser, and no number to JSON
+        # inf is a float to the parser, and not a number to JSON
         if value is not None and not math.isfinite(value):
             raise ConfigError(f"--{flag} {value}: give a finite number")
     plan = planfile.load(plan_file)
-    model = _with_links(cost_model(cost or plan.cost_model), node_bandwidth, cluster_bandwidth)
     topology = Topology(
         num_nodes=nodes, gpus_per_node=gpus_per_node, tp=tp, pp=pp, virtual_stages=virtual_stages, ep=ep,
-        overlap=overlap, overlap_gradients=overlap_gradients, fully_sharded=fully_sharded, gpu_memory=gpu_memory * 1e9,
+        fully_sharded=fully_sharded,
     )  # fmt: skip
+    links = {"node_bandwidth": node_bandwidth, "cluster_bandwidth": cluster_bandwidth}
+    model = shared.placed_cost(shared.plan_cost(plan, cost), topology, gpu_memory, **links)
     if step is not None and step >= plan.num_steps:
         raise ConfigError(f"--step {step}: the plan has steps 0 to {plan.num_steps - 1}")
-    found = simulate(plan, model, topology)
+    found = simulate(plan, model, topology, overlap=overlap, overlap_gradients=overlap_gradients)
     if as_json:
         sys.stdout.write(json.dumps(as_rows(plan, found)) + "\n")
     else:
-        console = wide_console()
+        console = table_console()
         console.print(summary_table(plan, found))
         console.print(idle_table(found))
     if picture:
@@ -65,14 +65,8 @@ def simulate_plan(
         print(f"picture written to {picture}", file=sys.stderr)
 
 
-def _with_links(cost: CostModel, node_bandwidth: float | None, cluster_bandwidth: float | None) -> CostModel:
-    if node_bandwidth:
-        cost = replace(cost, node_bandwidth=node_bandwidth * 1e9)
-    return replace(cost, cluster_bandwidth=cluster_bandwidth * 1e9) if cluster_bandwidth else cost
-
-
 def as_rows(plan: Plan, found: Simulation) -> dict[str, Any]:
-    """The simulation as JSON values: the epoch, shares of idle time, memory, and a row a step (seconds)."""
+    """The simulation as JSON values: the epoch, shares of idle time, memory, and a row per step (seconds)."""
     means = {name: getattr(found, name).mean(axis=1) for name in ("compute", "exchange", "expert", "imbalance")}
     columns = {"seconds": found.wall, **means, "bubble": found.bubble, "gradient_sync": found.sync}
     steps = [

@@ -1,6 +1,6 @@
-"""Chat files to token store, in one pass and in bounded memory.
+"""Chat files to a token store, in one pass and in bounded memory.
 
-ChatFile -> Line -> Chat -> RenderedChat -> (batches of about a million characters) -> Sample -> StoreWriter
+JsonlFile -> Line -> Record -> Chat -> RenderedChat -> (batches of about a million characters) -> Sample -> StoreWriter
 """
 
 from collections import Counter
@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_hbp.data.chats import BadChat, ChatFile, Fault, input_bytes, parse_chat
+from megatron_hbp.data.chats import BadChat, Fault
+from megatron_hbp.data.formats import read_chat
+from megatron_hbp.data.jsonl import JsonlFile, decode, input_bytes
 from megatron_hbp.data.manifest import SourceInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.tokenizer import ChatTokenizer, RenderedChat, Sample
@@ -16,12 +18,12 @@ from megatron_hbp.data.writer import StoreWriter
 from megatron_hbp.errors import ConfigError, DataError
 
 BATCH_CHARACTERS = 1 << 20
-"""Enough to keep all cores of the tokenizer busy; its offsets, Python tuples, then take some 50 MB."""
+"""Per batch: keeps all cores of the tokenizer busy, and its offsets, which are Python tuples, take about 50 MB."""
 
 
 @dataclass(kw_only=True)
 class Skips:
-    """What becomes of bad chats: raised when strict, counted by kind when lenient."""
+    """How bad chats are handled: raised when strict, counted by kind when lenient."""
 
     lenient: bool
     counts: Counter[str] = field(default_factory=Counter)
@@ -43,10 +45,10 @@ def prepare_store(
     overwrite: bool = False,
     on_progress: Callable[[int], None] = lambda bytes_read: None,
 ) -> TokenStore:
-    """Tokenise chat files into a new store and open it; what was skipped is in its manifest's sources.
+    """Tokenise chat files into a new store and open it; its manifest counts what was skipped, per source.
 
-    `max_length`, in tokens, makes a longer sample a bad one: none is cut. `on_progress` gets the number of bytes read
-    since it was last called. Raises DataError (65) for bad chats and when none is left, ConfigError (78) when `out`
+    A sample of more than `max_length` tokens is a bad chat: none is truncated. `on_progress` gets the number of bytes
+    read since its last call. Raises DataError (65) for bad chats and when no chat is left, ConfigError (78) when `out`
     exists, DiskError (73) when it cannot be written.
     """
     input_bytes(inputs)
@@ -57,13 +59,13 @@ def prepare_store(
         for path in inputs:
             sources.append(_add_file(path, tokenizer, writer, Skips(lenient=lenient), max_length, on_progress))
         if not any(source.num_samples for source in sources):
-            raise DataError(f"{', '.join(map(str, inputs))}: no chat to train on{_wording(sources)}")
+            raise DataError(f"{', '.join(map(str, inputs))}: no chat to train on{_skipped_note(sources)}")
         writer.finish(tokenizer=tokenizer.info, sources=sources, max_length=max_length)
     return TokenStore.open(out)
 
 
 def skipped_by_kind(sources: Iterable[SourceInfo]) -> Counter[str]:
-    """Lines skipped in all sources together, by kind of fault."""
+    """Count the lines skipped in all sources, by kind of fault."""
     return sum((Counter(source.skipped) for source in sources), Counter())
 
 
@@ -75,7 +77,7 @@ def _add_file(
     max_length: int | None,
     on_progress: Callable[[int], None],
 ) -> SourceInfo:
-    file = ChatFile(path=path)
+    file = JsonlFile(path=path)
     num_samples = reported = 0
     for batch in _batches(_rendered(file, tokenizer, skips)):
         for sample in tokenizer.encode(batch):
@@ -97,10 +99,10 @@ def _add_file(
     )
 
 
-def _rendered(file: ChatFile, tokenizer: ChatTokenizer, skips: Skips) -> Iterator[RenderedChat]:
+def _rendered(file: JsonlFile, tokenizer: ChatTokenizer, skips: Skips) -> Iterator[RenderedChat]:
     for line in file:
         try:
-            rendered = tokenizer.render(parse_chat(line))
+            rendered = tokenizer.render(read_chat(decode(line), line.where))
         except BadChat as bad:
             skips.add(bad)
         else:
@@ -122,12 +124,12 @@ def _batches(chats: Iterable[RenderedChat]) -> Iterator[list[RenderedChat]]:
 
 def _unusable(sample: Sample, max_length: int | None) -> BadChat | None:
     if max_length is not None and sample.tokens.size > max_length:
-        return BadChat(sample.where, Fault.TOO_LONG, f"{sample.tokens.size} tokens, at most {max_length} wanted")
+        return BadChat(sample.where, Fault.TOO_LONG, f"{sample.tokens.size} tokens, more than {max_length}")
     if not sample.loss_mask.any():
         return BadChat(sample.where, Fault.NO_LOSS, "the template marks none of this chat's tokens as generated")
     return None
 
 
-def _wording(sources: Sequence[SourceInfo]) -> str:
+def _skipped_note(sources: Sequence[SourceInfo]) -> str:
     counts = skipped_by_kind(sources)
     return f" (skipped: {', '.join(f'{number} {fault}' for fault, number in counts.items())})" if counts else ""

@@ -1,12 +1,12 @@
 """Chats to tokens and loss mask, by a Hugging Face tokenizer and its chat template.
 
-What the loss is on is the template's decision: the text inside its `{% generation %}` blocks. A token is in the mask
-when any of its characters is inside such a block.
+The template decides which tokens the loss is on: those of the text inside its `{% generation %}` blocks. A token is in
+the mask when any of its characters is inside such a block.
 
-transformers' own `return_assistant_tokens_mask` is not used: it looks up the *first* token of a block's last character,
-so that a turn that ends on an emoji (four byte-level tokens) loses three of them, and a last character that the
-tokenizer drops marks everything after it. Both were seen with transformers 5; on other text the masks are equal, which
-a test asserts.
+`return_assistant_tokens_mask` of transformers is not used: it looks up only the *first* token of a block's last
+character, so a turn that ends with an emoji (four byte-level tokens) loses three of them, and a last character that the
+tokenizer drops marks everything after it. Both were observed with transformers 5; on other text the masks are equal,
+which a test asserts.
 """
 
 import hashlib
@@ -14,13 +14,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_hbp.data.chats import BadChat, Chat, Fault
+from megatron_hbp.data.chats import BadChat, Chat, Fault, Record
 from megatron_hbp.data.manifest import TokenizerInfo
 from megatron_hbp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 TOKENIZER_FILES = (
@@ -36,7 +40,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class RenderedChat:
-    """A chat as the template writes it, and the half-open character spans that the assistant generates."""
+    """A chat as the template renders it, and the half-open character spans that the assistant generates."""
 
     where: str
     text: str
@@ -45,26 +49,26 @@ class RenderedChat:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One chat in tokens. `tokens`: int32 [n]; `loss_mask`: uint8 [n], 1 where the token is one to be predicted."""
+    """One tokenised chat. `tokens`: int32 [n]; `loss_mask`: uint8 [n], 1 where the token is a prediction target."""
 
     where: str
-    tokens: np.ndarray
-    loss_mask: np.ndarray
+    tokens: NDArray[np.int32]
+    loss_mask: NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChatTokenizer:
     """A fast Hugging Face tokenizer together with one chat template that marks what the assistant generates."""
 
-    backend: Any
+    backend: "PreTrainedTokenizerFast"
     template: str
     info: TokenizerInfo
 
     @classmethod
     def load(cls, name: str, *, template_file: Path | None = None) -> "ChatTokenizer":
-        """Load the tokenizer in directory `name` (or of that hub name), with its own template or that of a file.
+        """Load the tokenizer from the directory `name` or from the hub, with its own chat template or that of a file.
 
-        Raises ConfigError when there is no such tokenizer, when it is a slow one (no character offsets), or when the
+        Raises ConfigError when the tokenizer does not exist or is a slow one (no character offsets), or when the
         template is missing or has no `{% generation %}` block.
         """
         backend = _load_backend(name)
@@ -72,7 +76,7 @@ class ChatTokenizer:
         if not GENERATION_BLOCK.search(template):
             raise ConfigError(
                 f"the chat template of {template_file or name} has no {{% generation %}} block, so it does not say "
-                "which tokens the assistant generates; in a copy put the assistant text and its end token between "
+                "which tokens the assistant generates; in a copy of it, put the assistant's text and end token between "
                 "{% generation %} and {% endgeneration %}, and pass that copy with --chat-template FILE"
             )
         info = TokenizerInfo(
@@ -86,7 +90,7 @@ class ChatTokenizer:
         return cls(backend=backend, template=template, info=info)
 
     def render(self, chat: Chat) -> RenderedChat:
-        """Write a chat as text; raises BadChat, or ConfigError when the template itself is at fault."""
+        """Render a chat as text; raises BadChat, or ConfigError when the template itself is at fault."""
         from jinja2 import TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -106,7 +110,7 @@ class ChatTokenizer:
         return RenderedChat(where=chat.where, text=texts[0], generated=spans[0])
 
     def encode(self, chats: Sequence[RenderedChat]) -> Iterator[Sample]:
-        """Tokenise a batch of chats; the tokenizer spreads it over the cores."""
+        """Tokenise a batch of chats; the tokenizer uses all cores."""
         encodings = self.backend(
             [chat.text for chat in chats],
             add_special_tokens=False,
@@ -123,37 +127,39 @@ class ChatTokenizer:
             )
 
 
-def _loss_mask(offsets: np.ndarray, generated: Sequence[tuple[int, int]], *, num_characters: int) -> np.ndarray:
-    """Mark the tokens that hold a generated character: uint8 [n] from offsets [n, 2] in characters, half-open.
+def _loss_mask(
+    offsets: NDArray[np.int64], generated: Sequence[tuple[int, int]], *, num_characters: int
+) -> NDArray[np.uint8]:
+    """Mark the tokens that contain a generated character: uint8 [n] from half-open character offsets [n, 2].
 
-    The first token of a sample has nothing before it to be predicted from, so it is never marked.
+    The first token of a sample is never marked: no token precedes it from which it could be predicted.
     """
     is_generated = np.zeros(num_characters, dtype=np.int64)
     for start, stop in generated:
         is_generated[start:stop] = 1
     generated_before = np.concatenate(([0], np.cumsum(is_generated)))
-    mask = (generated_before[offsets[:, 1]] > generated_before[offsets[:, 0]]).astype(np.uint8)
+    mask: NDArray[np.uint8] = (generated_before[offsets[:, 1]] > generated_before[offsets[:, 0]]).astype(np.uint8)
     mask[:1] = 0
     return mask
 
 
 def _check_text(text: str, where: str) -> None:
-    """Refuse what JSON can escape and a tokenizer cannot take; raises BadChat."""
+    """Refuse characters that JSON can escape but no tokenizer can encode; raises BadChat."""
     if "\x00" in text:
-        raise BadChat(where, Fault.NUL, "a message holds the character \\u0000")
+        raise BadChat(where, Fault.NUL, "a message contains the character \\u0000")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        detail = f"a message holds the lone surrogate \\u{ord(text[error.start]):04x}"
+        detail = f"a message contains the lone surrogate \\u{ord(text[error.start]):04x}"
         raise BadChat(where, Fault.UTF8, detail) from error
 
 
-def _without_nulls(message: dict[str, Any]) -> dict[str, Any]:
-    """Drop keys that are null: templates test for a key's presence and would write the word None."""
+def _without_nulls(message: Record) -> Record:
+    """Drop keys whose value is null: templates test whether a key is present, and would write the word None."""
     return {key: value for key, value in message.items() if value is not None}
 
 
-def _load_backend(name: str) -> Any:
+def _load_backend(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     _refuse_misspelt_path(name)
@@ -162,15 +168,15 @@ def _load_backend(name: str) -> Any:
     except Exception as error:  # OSError, ValueError, KeyError, ImportError, and a bare Exception from the Rust side
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"--tokenizer {name}: cannot be loaded: {reason} (wanted: a directory with tokenizer.json, or a hub name)"
+            f"--tokenizer {name}: cannot be loaded: {reason}; pass a directory with tokenizer.json, or a hub name"
         ) from error
     if not backend.is_fast:
-        raise ConfigError(f"--tokenizer {name}: has no tokenizer.json, without which tokens cannot be traced to text")
+        raise ConfigError(f"--tokenizer {name}: has no tokenizer.json, which maps tokens to characters")
     return backend
 
 
 def _refuse_misspelt_path(name: str) -> None:
-    """Raise ConfigError for a name that is meant as a path, instead of asking the hub for it (and waiting for that)."""
+    """Raise ConfigError for a path that is not a directory, instead of waiting for the hub to refuse it as a name."""
     path = Path(name)
     if path.is_file():
         raise ConfigError(f"--tokenizer {name}: is a file; pass the directory that holds tokenizer.json")
@@ -179,11 +185,12 @@ def _refuse_misspelt_path(name: str) -> None:
         raise ConfigError(f"--tokenizer {name}: no such directory")
 
 
-def _own_template(backend: Any, name: str) -> str:
+def _own_template(backend: "PreTrainedTokenizerFast", name: str) -> str:
     try:
-        return backend.get_chat_template()
+        template: str = backend.get_chat_template()
     except ValueError as error:
         raise ConfigError(f"tokenizer {name} has no chat template; pass one with --chat-template FILE") from error
+    return template
 
 
 def _read_template(path: Path) -> str:
@@ -194,7 +201,7 @@ def _read_template(path: Path) -> str:
 
 
 def _files_sha256(name: str) -> str:
-    """Hash the names and contents of the tokenizer's files, wherever they lie (not its chat template)."""
+    """Hash names and contents of the tokenizer's files, in its directory or in the hub's cache (no chat template)."""
     from transformers.utils import cached_file
 
     folder = Path(name)

@@ -1,4 +1,4 @@
-"""Writing a token store: it appears whole under its name, or not at all."""
+"""Writing a token store: it appears complete under its name, or not at all."""
 
 import os
 import shutil
@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_hbp.data.indexed import open_builder
 from megatron_hbp.data.manifest import (
@@ -28,25 +29,28 @@ from megatron_hbp.data.manifest import (
 )
 from megatron_hbp.errors import ConfigError, DiskError
 
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
 
 class StoreWriter:
-    """A context that collects samples in a hidden directory beside `out` and renames it to `out` in `finish`.
+    """A context that collects samples in a hidden directory next to `out`, which `finish` renames to `out`.
 
-    Left without `finish` (an error, Ctrl-C) it removes what it wrote; killed, it leaves `.NAME.partial-PID` behind and
-    no store. Raises ConfigError when `out` exists (without `overwrite`, or when it is something else than a store) and
-    DiskError when something cannot be written.
+    Without `finish` (an error, Ctrl-C) it removes what it wrote; a killed process leaves `.NAME.partial-PID` and no
+    store. Raises ConfigError when `out` exists (without `overwrite`, or if it is not a token store), and DiskError when
+    something cannot be written.
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
         self.out = out
         self._partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-        self._builders: dict[str, Any] = {}
+        self._builders: dict[str, IndexedDatasetBuilder] = {}
         self._lengths = array("q")
         self._loss_tokens = array("q")
         self._refuse_existing(overwrite)
 
     def __enter__(self) -> Self:
-        """Make the hidden directory and open the two data sets in it."""
+        """Create the hidden directory and open the two data sets in it."""
         with self._disk_errors():
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
@@ -57,10 +61,10 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove what was not finished."""
+        """Remove an unfinished store."""
         self._discard()
 
-    def add(self, tokens: np.ndarray, loss_mask: np.ndarray) -> None:
+    def add(self, tokens: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -> None:
         """Append one sample: tokens int32 [n] and loss mask uint8 [n], n > 0."""
         import torch
 
@@ -73,7 +77,7 @@ class StoreWriter:
         self._loss_tokens.append(int(loss_mask.sum()))
 
     def finish(self, *, tokenizer: TokenizerInfo, sources: Sequence[SourceInfo], max_length: int | None = None) -> None:
-        """Write indices, lengths and manifest, flush all to the disk and give the store its name."""
+        """Write indices, lengths and manifest, flush everything to disk and give the store its name."""
         with self._disk_errors():
             for prefix, builder in self._builders.items():
                 builder.finalize(str(self._partial / f"{prefix}.idx"))
@@ -113,7 +117,7 @@ class StoreWriter:
 
     def _discard(self) -> None:
         for builder in self._builders.values():
-            with suppress(OSError):  # on a full disk closing fails again, for what is still in the buffer
+            with suppress(OSError):  # on a full disk, closing fails again for what is still in the buffer
                 builder.data_file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -125,7 +129,7 @@ class StoreWriter:
             self._discard()
             raise DiskError(
                 f"{self.out}: cannot be written: {error.strerror or error}; check free space and permissions of "
-                f"{self.out.parent} (nothing was left there)"
+                f"{self.out.parent} (no partial store was left there)"
             ) from error
 
 

@@ -16,37 +16,39 @@ from megatron_hbp.demo.corpus import CorpusSummary, SplitSummary, build_corpus
 from megatron_hbp.demo.models import MODELS
 from megatron_hbp.demo.training import Run, train
 from megatron_hbp.errors import HbpError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.planner import DEFAULT_COST_MODEL, make_plan, naive_plan
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import parse_tiers
+from megatron_hbp.planning.cost.presets import DEFAULT_COST_MODEL, preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.planner import make_plan, naive_plan
+from megatron_hbp.planning.request import Request
 from megatron_hbp.report.plan_tables import tier_table
 from megatron_hbp.report.run_picture import draw_runs
-from megatron_hbp.report.terminal import wide_console
+from megatron_hbp.report.terminal import table_console
 
 TIERS = "1024:cp1,8192:cp4:full1"
 NUM_RANKS = 4
 STEP_TOKENS = 8_192
-WIDE = 16
-"""Ranks that hold N = 4 packs of 8K side by side, the paper's grouping; four ranks hold one, and nothing to balance."""
+WIDE_RANKS = 16
+"""Ranks for N = 4 packs of 8K at a time, as in the paper; four ranks hold one pack, so there is nothing to balance."""
 
 
 def main() -> int:
-    """Run the demo; 0 when both models beat the unigram entropy on held-out text."""
+    """Run the demo; returns 0 when both models beat the unigram entropy on held-out text."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="where everything goes (default out/demo)")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="output directory (default out/demo)")
     out = parser.parse_args().out
     started = time.monotonic()
-    console = wide_console()
+    console = table_console()
     try:
-        learnt = _demo(out, console)
+        succeeded = _demo(out, console)
     except HbpError as error:
         print(f"demo: {error}", file=sys.stderr)
         return error.exit_code
-    console.print(f"\n{time.monotonic() - started:.0f} s in all")
-    return 0 if learnt else 70
+    console.print(f"\n{time.monotonic() - started:.0f} s in total")
+    return 0 if succeeded else 70
 
 
 def _demo(out: Path, console: Console) -> bool:
@@ -84,18 +86,18 @@ _FILES = {"plan": "train.plan", "store": "train", "valid-plan": "heldout.plan", 
 
 
 def _plan(store: TokenStore, num_ranks: int) -> Plan:
-    return make_plan(
-        store.lengths,
-        tiers=parse_tiers(TIERS),
-        num_ranks=num_ranks,
-        step_tokens=STEP_TOKENS * num_ranks // NUM_RANKS,
-        loss_tokens=store.loss_tokens,
-        store_fingerprint=store.fingerprint,
-    )
+    samples = Samples.of(store.lengths, store.loss_tokens, store_fingerprint=store.fingerprint)
+    return make_plan(samples, _request(num_ranks))
+
+
+def _request(num_ranks: int) -> Request:
+    return Request(
+        tiers=parse_tiers(TIERS), num_ranks=num_ranks, step_tokens=STEP_TOKENS * num_ranks // NUM_RANKS
+    )  # fmt: skip
 
 
 def unigram_entropy(store: TokenStore, vocab_size: int) -> float:
-    """Entropy in nats of the token frequencies of a store: the loss of the best model that ignores all context."""
+    """Entropy of a store's token frequencies in nats: the loss of the best model that ignores the context."""
     counts = np.zeros(vocab_size, np.int64)
     for index in range(store.num_samples):
         counts += np.bincount(store.sample(index)[0], minlength=vocab_size)
@@ -105,7 +107,7 @@ def unigram_entropy(store: TokenStore, vocab_size: int) -> float:
 
 def _print_corpus(corpus: CorpusSummary, console: Console) -> None:
     table = Table(
-        title="Real text, from packages that are installed",
+        title="Real text from installed packages",
         caption=f"byte-level BPE of {corpus.vocab_size:,} entries, trained on the training split; "
         "the second speaker of a conversation is the assistant",
     )
@@ -128,40 +130,40 @@ _MEASURES = ("abr", "cr", "dbr", "pr")
 
 
 def _print_balance(store: TokenStore, console: Console) -> None:
-    """Naive packing and HBP side by side, as trained and at the width of the paper's tables."""
-    table = Table(title="Naive packing (all in 8,192 at CP 4) and HBP on the training samples")
+    """Compare naive packing with HBP, on the ranks of the demo and on as many as the paper's tables assume."""
+    table = Table(title="Naive packing (everything in 8,192 at CP 4) and HBP on the training samples")
     table.add_column("")
     for measure in _MEASURES:
         table.add_column(f"{measure.upper()} naive", justify="right")
         table.add_column(f"{measure.upper()} HBP", justify="right")
     cost = preset(DEFAULT_COST_MODEL)
-    tiers = parse_tiers(TIERS)
-    widths = {NUM_RANKS: "4 ranks, as trained: one 8K pack at a time", WIDE: "16 ranks: N = 4 packs of 8K"}
+    widths = {
+        NUM_RANKS: "4 ranks, as in training: one 8K pack at a time",
+        WIDE_RANKS: "16 ranks: N = 4 packs of 8K at a time",
+    }
     for num_ranks, label in widths.items():
-        step_tokens = STEP_TOKENS * num_ranks // NUM_RANKS
-        packed = naive_plan(store.lengths, tiers=tiers, num_ranks=num_ranks, step_tokens=step_tokens)
-        naive = plan_metrics(packed, cost)
+        naive = plan_metrics(naive_plan(Samples.of(store.lengths), _request(num_ranks)), cost)
         ours = plan_metrics(_plan(store, num_ranks), cost)
         table.add_row(label, *(f"{getattr(m, measure):.3f}" for measure in _MEASURES for m in (naive, ours)))
     console.print(table)
 
 
 def _print_runs(runs: list[Run], entropy: float, console: Console) -> None:
-    table = Table(title="Trained by Megatron-LM's loop, CP group and recompute changing between micro-batches")
+    table = Table(title="Training in Megatron-LM's loop, where CP group and recompute change between micro-batches")
     table.add_column("model")
     for heading in ("steps", "tokens", "tokens/s", "first loss", "last loss", "held-out loss", "unigram entropy"):
         table.add_column(heading, justify="right")
     for run in runs:
         held_out = run.validation_loss if run.validation_loss is not None else float("nan")
-        verdict = "green" if held_out < entropy else "red"
+        colour = "green" if held_out < entropy else "red"
         table.add_row(
             run.name, str(len(run.steps)), f"{run.summary['train_tokens']:,}", f"{run.tokens_per_second:,.0f}",
-            f"{run.steps[0]['loss']:.3f}", f"{run.steps[-1]['loss']:.3f}", f"[{verdict}]{held_out:.3f}[/]",
+            f"{run.steps[0]['loss']:.3f}", f"{run.steps[-1]['loss']:.3f}", f"[{colour}]{held_out:.3f}[/]",
             f"{entropy:.3f}",
         )  # fmt: skip
     console.print(table)
     tiers = Table(title="Per tier")
-    for heading in ("model", "tier", "micro-batches x ranks", "tokens", "ms a micro-batch", "tokens/s a rank"):
+    for heading in ("model", "tier", "micro-batches x ranks", "tokens", "ms per micro-batch", "tokens/s per rank"):
         tiers.add_column(heading, justify="left" if heading in ("model", "tier") else "right")
     for run in runs:
         for row in run.summary["tiers"]:
@@ -174,16 +176,16 @@ def _print_runs(runs: list[Run], entropy: float, console: Console) -> None:
 
 
 def _print_files(out: Path, picture: Path, runs: list[Run], console: Console) -> None:
-    console.print(f"\nin {out}/", highlight=False)
+    console.print(f"\nfiles in {out}/", highlight=False)
     files = {
         "train.jsonl, heldout.jsonl, tokenizer/": "the chats, and the tokenizer trained on them",
         "train/, heldout/": "token stores (hbp prepare)",
         "train.plan, heldout.plan": "plans (hbp plan show PLAN --format jsonl prints them)",
-        **{run.metrics.name: f"a line a step; Megatron-LM's own output is in {run.log.name}" for run in runs},
-        picture.name: "loss curves as a picture",
+        **{run.metrics.name: f"one line per step; Megatron-LM's own output is in {run.log.name}" for run in runs},
+        picture.name: "picture of the loss curves",
     }
-    for name, what in files.items():
-        console.print(f"  {name:40} {what}", highlight=False)
+    for name, description in files.items():
+        console.print(f"  {name:40} {description}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Real text for the demo, from what is installed already: no download, nothing vendored.
+"""Real text for the demo, from installed packages: nothing is downloaded or vendored.
 
 Short samples: human-human conversations of the `chitchat-dataset` package (MIT licence; Myers, Etchart and Fulda,
 "Conversational Scaffolding: An Analogy-Based Approach to Response Prioritization in Open-Domain Dialogs", 2020). The
@@ -8,7 +8,7 @@ Long samples: documents derived from CPython sources (PSF licence), the running 
 user asks for a module, the assistant answers with its source, cut after the last whole line that keeps the sample
 within `max_sample_tokens` (8192).
 
-So the corpus depends on the interpreter's version, and on nothing else but the seed.
+The corpus therefore depends only on the interpreter's version and on the seed.
 """
 
 import json
@@ -18,11 +18,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_hbp.data.chats import Chat
 from megatron_hbp.data.tokenizer import ChatTokenizer
 from megatron_hbp.errors import ConfigError, DiskError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
@@ -44,17 +47,17 @@ CHAT_TEMPLATE = """\
 """
 
 CONVERSATION_CHARACTERS = range(200, 4_000)
-"""Conversations of other sizes are left out; these make about 50 to 1,000 tokens."""
-LEAST_DOCUMENT_CHARACTERS = 4_000
+"""Conversations of other lengths are left out; these have about 50 to 1,000 tokens."""
+MIN_DOCUMENT_CHARACTERS = 4_000
 """About 1,000 tokens."""
 CHARACTERS_PER_TOKEN = 4
-"""More than the demo's tokenizer gets out of source code (3.3), so that it does not decide where documents are cut."""
-NOT_DOCUMENTS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+"""Above the 3.3 of the demo's tokenizer on source code, so that the token limit decides where documents are cut."""
+EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSize:
-    """How much text of each kind to take, in characters (some 3.5 of them make a token)."""
+    """How much text of each kind to take, in characters (about 3.5 per token)."""
 
     conversations: int
     documents: int
@@ -66,38 +69,38 @@ HELDOUT_SIZE = CorpusSize(conversations=40_000, documents=32_000)
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """One sample before it has tokens."""
+    """One sample before tokenisation."""
 
     origin: str
-    """What it is derived from; written beside the messages."""
+    """The source of the text; written next to the messages."""
     messages: list[dict[str, str]]
     is_document: bool
     is_cut: bool = False
-    """Only the beginning of the document is there."""
+    """Only the beginning of the document is included."""
 
     @property
     def num_characters(self) -> int:
-        """Characters of all messages."""
+        """Number of characters in all messages."""
         return sum(len(message["content"]) for message in self.messages)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSummary:
-    """What one split holds; tokens include those of the chat template."""
+    """Contents of one split; tokens include those of the chat template."""
 
     path: Path
     num_conversations: int
     num_documents: int
     num_documents_cut: int
-    """Documents of which only the beginning is there."""
+    """Documents of which only the beginning is included."""
     conversation_tokens: int
     document_tokens: int
     longest: int
-    """Tokens of the longest sample."""
+    """Number of tokens in the longest sample."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of both kinds together."""
+        """Number of tokens of both kinds."""
         return self.conversation_tokens + self.document_tokens
 
 
@@ -120,15 +123,15 @@ def build_corpus(
     vocab_size: int = 4096,
     max_sample_tokens: int = 8192,
 ) -> CorpusSummary:
-    """Write `train.jsonl`, `heldout.jsonl` and `tokenizer/` into `out_dir`; the same seed writes the same bytes.
+    """Write `train.jsonl`, `heldout.jsonl` and `tokenizer/` into `out_dir`; the same seed gives the same bytes.
 
-    The splits share no conversation and no document, and the tokenizer learns from the training split only. Raises
-    ConfigError without the `chitchat-dataset` package or when there is less text than the sizes ask for, DiskError when
+    The splits share no conversation and no document, and the tokenizer is trained on the training split only. Raises
+    ConfigError without the `chitchat-dataset` package or when there is less text than the sizes request, DiskError when
     a file cannot be written.
     """
-    randomness = random.Random(seed)
-    conversations = _shuffled(_conversations(), randomness)
-    documents = _shuffled(_documents(max_characters=CHARACTERS_PER_TOKEN * max_sample_tokens), randomness)
+    rng = random.Random(seed)
+    conversations = _shuffled(_conversations(), rng)
+    documents = _shuffled(_documents(max_characters=CHARACTERS_PER_TOKEN * max_sample_tokens), rng)
     heldout_texts = [*_take(conversations, heldout.conversations), *_take(documents, heldout.documents)]
     train_texts = [*_take(conversations, train.conversations), *_take(documents, train.documents)]
     folder = out_dir / TOKENIZER_FOLDER
@@ -138,7 +141,7 @@ def build_corpus(
         tokenizer = ChatTokenizer.load(str(folder))
         splits = {}
         for file, texts in ((TRAIN_FILE, train_texts), (HELDOUT_FILE, heldout_texts)):
-            fitting = [_fit(text, tokenizer, max_sample_tokens) for text in _shuffled(texts, randomness)]
+            fitting = [_fit(text, tokenizer, max_sample_tokens) for text in _shuffled(texts, rng)]
             splits[file] = _write_split(out_dir / file, fitting, tokenizer)
     except OSError as error:
         raise DiskError(f"{out_dir}: cannot be written: {error.strerror or error}") from error
@@ -151,11 +154,13 @@ def build_corpus(
 
 
 def _conversations() -> Iterator[Text]:
-    """Two-speaker conversations that end with the second speaker, who plays the assistant; none twice."""
+    """Two-speaker conversations that end with the second speaker, who plays the assistant; without duplicates."""
     try:
         from chitchat_dataset import Dataset
     except ImportError as error:
-        raise ConfigError("the demo's conversations are in the package chitchat-dataset; pip install it") from error
+        raise ConfigError(
+            "the demo requires the package chitchat-dataset; install it with `pip install chitchat-dataset`"
+        ) from error
     seen = set()
     for key, conversation in Dataset().items():
         turns = _turns(conversation["messages"])
@@ -176,32 +181,32 @@ def _conversations() -> Iterator[Text]:
 
 
 def _turns(groups: Iterable[Sequence[dict[str, str]]]) -> list[str]:
-    """Join consecutive messages of one speaker by newlines; the list alternates between the two speakers."""
+    """Join consecutive messages of one speaker with newlines; the list alternates between the two speakers."""
     turns: list[str] = []
     last_sender = None
     for message in (message for group in groups for message in group):
-        said = message["text"].strip()
-        if said and message["sender"] == last_sender:
-            turns[-1] += "\n" + said
-        elif said:
-            turns.append(said)
+        text = message["text"].strip()
+        if text and message["sender"] == last_sender:
+            turns[-1] += "\n" + text
+        elif text:
+            turns.append(text)
             last_sender = message["sender"]
     return turns
 
 
 def _documents(*, max_characters: int) -> Iterator[Text]:
-    """The standard library's modules as answers of the assistant, cut to whole lines within `max_characters`."""
+    """Modules of the standard library as answers of the assistant, cut to whole lines within `max_characters`."""
     library = Path(sysconfig.get_path("stdlib"))
     version = ".".join(map(str, sys.version_info[:3]))
     for path in sorted(library.rglob("*.py")):
         name = path.relative_to(library)
-        if NOT_DOCUMENTS & set(name.parts):
+        if EXCLUDED_FOLDERS & set(name.parts):
             continue
         try:
             source = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        if len(source) < LEAST_DOCUMENT_CHARACTERS:
+        if len(source) < MIN_DOCUMENT_CHARACTERS:
             continue
         yield Text(
             origin=f"derived from CPython {version} sources: {name.as_posix()}",
@@ -215,18 +220,18 @@ def _documents(*, max_characters: int) -> Iterator[Text]:
 
 
 def _whole_lines(text: str, max_characters: int) -> str:
-    """The longest beginning of `text` that ends with a line and has at most so many characters."""
+    """The longest prefix of `text` that ends with a line and has at most `max_characters` characters."""
     return text if len(text) <= max_characters else text[: text.rfind("\n", 0, max_characters) + 1]
 
 
-def _shuffled(texts: Iterable[Text], randomness: random.Random) -> list[Text]:
+def _shuffled(texts: Iterable[Text], rng: random.Random) -> list[Text]:
     texts = list(texts)
-    randomness.shuffle(texts)
+    rng.shuffle(texts)
     return texts
 
 
 def _take(pool: list[Text], budget: int) -> list[Text]:
-    """Move from the pool, in its order, every text that fits into what is left of the budget (in characters)."""
+    """Remove from the pool, in its order, every text that fits into the rest of the budget (in characters)."""
     taken, left = [], []
     remaining = budget
     for text in pool:
@@ -237,14 +242,14 @@ def _take(pool: list[Text], budget: int) -> list[Text]:
             left.append(text)
     if not left and remaining > budget // 10:
         raise ConfigError(
-            f"the corpus has {budget - remaining:,} characters where {budget:,} are asked for; ask for less"
+            f"the corpus has {budget - remaining:,} characters, but {budget:,} are requested; request less"
         )
     pool[:] = left
     return taken
 
 
-def _train_tokenizer(texts: Sequence[Text], vocab_size: int) -> Any:
-    """Byte-level BPE learnt from the messages, as a Hugging Face tokenizer."""
+def _train_tokenizer(texts: Sequence[Text], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Byte-level BPE trained on the messages, as a Hugging Face tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -264,7 +269,7 @@ def _train_tokenizer(texts: Sequence[Text], vocab_size: int) -> Any:
 
 
 def _fit(text: Text, tokenizer: ChatTokenizer, max_tokens: int) -> Text:
-    """Cut a document, by whole lines, until the sample has at most `max_tokens` tokens."""
+    """Cut a document to whole lines until the sample has at most `max_tokens` tokens."""
     while text.is_document and (num_tokens := _num_tokens([text], tokenizer)[0]) > max_tokens:
         request, answer = text.messages
         shorter = _whole_lines(answer["content"], len(answer["content"]) * max_tokens // num_tokens)

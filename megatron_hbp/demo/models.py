@@ -1,4 +1,4 @@
-"""The two small models of the demo, as the Megatron-LM flags a user would write."""
+"""The two small models of the demo, as Megatron-LM flags."""
 
 _COMMON = """
     --hidden-size 128 --num-attention-heads 4 --swiglu --normalization RMSNorm --norm-epsilon 1e-5
@@ -10,7 +10,7 @@ _COMMON = """
 MODELS: dict[str, list[str]] = {
     # Llama-style: grouped-query attention, SwiGLU, RMSNorm, rotary positions
     "dense": f"{_COMMON} --num-layers 2 --ffn-hidden-size 384 --group-query-attention --num-query-groups 2".split(),
-    # DeepSeek-V2-style: latent attention, a shared and eight routed experts, the first layer dense
+    # DeepSeek-V2-style: latent attention, one shared and eight routed experts, first layer dense
     "deepseek-v2": f"""{_COMMON} --num-layers 2 --ffn-hidden-size 384
         --multi-latent-attention --q-lora-rank 64 --kv-lora-rank 32 --qk-head-dim 24 --qk-pos-emb-head-dim 8
         --v-head-dim 32 --qk-layernorm --rope-type rope

@@ -1,4 +1,4 @@
-"""Run pretrain_hbp.py on four ranks of this machine and watch it."""
+"""Run pretrain_hbp.py on local ranks and follow its metrics file."""
 
 import json
 import os
@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_hbp.py"
 
 @dataclass(kw_only=True)
 class Run:
-    """What a training run wrote into its metrics file."""
+    """The contents of the metrics file of a training run."""
 
     name: str
     log: Path
@@ -31,12 +31,12 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Trained tokens over the wall time of the steps, the first one left out (it warms up)."""
+        """Tokens per second of wall time, without the first step (warm-up)."""
         later = self.steps[1:] or self.steps
         return sum(step["tokens"] for step in later) / sum(step["seconds"] for step in later)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Take in one line of the metrics file."""
+        """Add one line of the metrics file."""
         if line["kind"] == "step":
             self.steps.append(line)
         elif line["kind"] == "validation":
@@ -49,7 +49,7 @@ def train(name: str, flags: list[str], *, out: Path, num_ranks: int, num_steps: 
     """Train one model to the end of its plan with a progress bar; Megatron-LM's own output goes to a log file.
 
     Raises:
-        HbpError: the run ended with another code than 0; the message names the log.
+        HbpError: the run ended with a non-zero exit code; the message names the log.
     """
     run = Run(name=name, log=out / f"{name}.log", metrics=out / f"{name}.jsonl")
     run.metrics.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ def train(name: str, flags: list[str], *, out: Path, num_ranks: int, num_steps: 
         TextColumn("{task.fields[note]}"), TimeRemainingColumn(), TextColumn("left"),
     )  # fmt: skip
     with run.log.open("w", encoding="utf-8") as log, Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=num_steps, note="starting four ranks")
+        task = progress.add_task(name, total=num_steps, note=f"starting {num_ranks} ranks")
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             for line in _lines(run.metrics, process):
@@ -79,8 +79,8 @@ def train(name: str, flags: list[str], *, out: Path, num_ranks: int, num_steps: 
     return run
 
 
-def _lines(path: Path, process: subprocess.Popen) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a file that a process is still writing, as they come."""
+def _lines(path: Path, process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the JSON lines of a file while a process is writing it."""
     position, rest = 0, ""
     while True:
         ended = process.poll() is not None

@@ -14,15 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import context as micro_batch
 from megatron_hbp.model import kernels
-from megatron_hbp.model.exchange import heads, keys, ring
+from megatron_hbp.model.exchange import implementation
 from megatron_hbp.model.latents import UpProjection
 from megatron_hbp.model.split import rows_at
-
-EXCHANGES = {
-    "a2a": heads.start,
-    "all_gather": keys.start,
-    "p2p": ring.start,
-}
+from megatron_hbp.planning.core.exchanges import EXCHANGES
 
 
 class PackedCoreAttention(MegatronModule):
@@ -68,7 +63,7 @@ class PackedCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """[s, 1, h, d], [s, 1, k, d], [s, 1, k, dv] -> [s, 1, h * dv]; without a value from MLA's latents."""
         context = micro_batch.current()
-        kernel = kernels.choose(context.kernel, query.device, query.dtype)
+        kernel = kernels.choose(context.tier.kernel, query.device, query.dtype)
         if value is None:
             assert self.up_projection is not None
             parts = self.up_projection.attention(query.squeeze(1), key.squeeze(1), kernel, self.softmax_scale)
@@ -78,20 +73,21 @@ class PackedCoreAttention(MegatronModule):
         return rows_at(out, context.split.back).reshape(out.shape[0], 1, -1)
 
     def _attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kernel: kernels.Kernel) -> list:
-        """[s, h, d], [s, k, d], [s, k, dv] -> [of the home samples,] [of the shared ones] [.., h, dv]."""
+        """[s, h, d], [s, k, d], [s, k, dv] -> [of the local samples,] [of the shared ones] [.., h, dv]."""
         context = micro_batch.current()
         split = context.split
         parts, finish = [], None
         if split.shared is not None:
             assert context.cp_group is not None
-            if context.exchange not in EXCHANGES:
-                raise ConfigError(f"exchange={context.exchange} needs latent attention: give MLA, or another exchange")
+            name = context.tier.exchange
+            if EXCHANGES[name].needs_latents:
+                raise ConfigError(f"exchange={name} requires latent attention: give MLA, or another exchange")
             q_here, k_here, v_here = (rows_at(x, split.shared_at) for x in (q, k, v))
-            # started first: the rows are on their way while this rank attends to its samples at home
-            finish = EXCHANGES[context.exchange](q_here, k_here, v_here, split.shared, context.cp_group)
-        if split.home is not None:
-            q_home, k_home, v_home = (rows_at(x, split.home_at) for x in (q, k, v))
-            parts.append(kernel(q_home, k_home, v_home, split.home, self.softmax_scale))
+            # started first: the rows are on their way while this rank attends to its local samples
+            finish = implementation(name).start(q_here, k_here, v_here, split.shared, context.cp_group)
+        if split.local is not None:
+            q_local, k_local, v_local = (rows_at(x, split.local_at) for x in (q, k, v))
+            parts.append(kernel(q_local, k_local, v_local, split.local, self.softmax_scale))
         if finish is not None:
             parts.append(finish(kernel, self.softmax_scale))
         return parts

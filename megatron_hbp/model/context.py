@@ -19,25 +19,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_hbp.model.split import Split
-from megatron_hbp.planning.exchange import Exchange
-from megatron_hbp.planning.types import Auto, Kernel, Recompute
+from megatron_hbp.planning.core.tiers import Tier
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatchContext:
     """The runtime context of one micro-batch on one rank."""
 
+    tier: Tier
+    """How it runs: CP degree, layout, exchange (chosen, not auto), kernel, recompute; a dummy has one of its own."""
     cp_group: dist.ProcessGroup | None
     """The group that shares this pack; None at CP degree 1."""
-    cp_degree: int
     position_ids: torch.Tensor
     """int64 [s]: position of each local token inside its own sample."""
     max_seqlen: int
     """Tokens of the longest sample."""
-    exchange: Exchange
-    """What the ranks of the group exchange in attention; of no meaning at CP degree 1."""
-    kernel: Kernel | Auto
-    """Which attention kernel runs."""
     split: Split
     """Whose attention is computed where."""
     is_real: torch.Tensor
@@ -52,7 +48,6 @@ class MicroBatchContext:
     """Tokens of the whole pack without padding."""
     num_supervised_tokens: int
     """Supervised positions of the whole pack."""
-    recompute: Recompute
 
 
 _current: MicroBatchContext | None = None

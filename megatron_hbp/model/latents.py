@@ -5,37 +5,27 @@ tensor-parallel rank, `c` CP degree; widths `q` of the query latent, `l` of the 
 all heads share, `d` of a query or key head (`d - r` without rotary part), `dv` of a value head. Key latents are the KV
 latent and the rotated rotary key side by side, l + r wide.
 
-    qkv_latent  gather q + l + r of all x tokens, up-project this rank's h / c heads, heads to sequence on the way back
-    kv_latent   queries stay; l + r pass by in a ring, their keys and values are up-projected at every visit
-
-Samples at home are up-projected here, with all heads, and every use of a weight goes through `sliced`. Recompute
-`mla_up_proj` takes all up-projections of a micro-batch as one function, so that the DDP hook of a weight runs once a
+Local samples are up-projected here, with all heads, and every use of a weight goes through `sliced`. Recompute
+`mla_up_proj` takes all up-projections of a micro-batch as one function, so that the DDP hook of a weight runs once per
 micro-batch under every exchange: overlapped gradient reduction counts how often (param_and_grad_buffer.py, 0.19.2).
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import context as micro_batch
-from megatron_hbp.model.exchange.collectives import all_gather_rows
-from megatron_hbp.model.exchange.heads import heads_to_sequence
-from megatron_hbp.model.exchange.latent_ring import ring_attention
+from megatron_hbp.model.exchange import implementation
 from megatron_hbp.model.kernels import Kernel
 from megatron_hbp.model.sliced import sliced_linear
-from megatron_hbp.model.split import Shared, rows_at
-
-LATENT = frozenset(("qkv_latent", "kv_latent"))
-"""Exchanges of latents."""
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from megatron_hbp.model.split import rows_at
 
 
 class NothingToDiscard:
-    """Stands for a checkpoint where MLA's forward wants one: the up-projection belongs to a larger recomputed part."""
+    """Stands for the checkpoint that MLA's forward expects: the up-projection belongs to a larger recomputed part."""
 
     def discard_output_and_register_recompute(self, hook_tensor: torch.Tensor) -> None:
         """Nothing has been kept."""
@@ -70,7 +60,7 @@ class UpProjection:
         return None
 
     def attention(self, q_latent: torch.Tensor, kv_latent: torch.Tensor, kernel: Kernel, scale: float) -> list:
-        """q_latent [s, q], kv_latent [s, l + r] -> [of the home samples [s - x_r, h, dv],] of the shared [x_r, h, dv].
+        """q_latent [s, q], kv_latent [s, l + r] -> [of the local samples [s - x_r, h, dv],] of the shared [x_r, h, dv].
 
         Raises:
             ConfigError: the layer's weights cannot be sliced.
@@ -80,23 +70,15 @@ class UpProjection:
         context = micro_batch.current()
         split, shared, group = context.split, context.split.shared, context.cp_group
         assert shared is not None and group is not None
-        weights = self._weights()
-        at_home = self._home(q_latent, kv_latent)
-        if context.exchange == "qkv_latent":
-            latents = torch.cat((q_latent, kv_latent), dim=1)
-            here = _gathered(rows_at(latents, split.shared_at), shared, group)  # [x, q + l + r]
-        else:
-            here = rows_at(q_latent, split.shared_at)  # [x_r, q]
+        exchange, weights = implementation(context.tier.exchange), self._weights()
+        local = self._local(q_latent, kv_latent)
+        gathered = exchange.gather(q_latent, kv_latent, split, group)
 
         def up(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             gathered, *_, w_q, w_kv = tensors
-            if context.exchange == "qkv_latent":
-                projected = self._project_qkv(gathered, shared, group, w_q, w_kv)
-            else:
-                projected = (self._project_q(gathered, w_q),)
-            return projected + self._project_home(*tensors[1:])
+            return exchange.project(self, gathered, w_q, w_kv, shared, group) + self._project_local(*tensors[1:])
 
-        inputs = (here, *at_home, *weights)
+        inputs = (gathered, *local, *weights)
         # recomputed core attention has the up-projection in it, and keeps nothing of it anyway
         if self.layer.recompute_up_proj and not self.layer.checkpoint_core_attention:
             checkpoint = tensor_parallel.CheckpointWithoutOutput(fp8=None)
@@ -106,20 +88,10 @@ class UpProjection:
             projected = up(*inputs)
 
         parts = []
-        if split.home is not None:
+        if split.local is not None:
             q, k, v = projected[-3:]
-            parts.append(kernel(q, k, v, split.home, scale))
-        if context.exchange == "qkv_latent":
-            q, k, v = projected[:3]
-            out = kernel(q, k, v, shared.segments, scale)  # [x, h / c, dv]
-            parts.append(heads_to_sequence(out, shared, group))
-        else:
-            passing = rows_at(kv_latent, split.shared_at)
-            out = ring_attention(
-                projected[0], passing, weights[1], self.of_keys_values.weight, shared, group, kernel, scale,
-                self.rope_width, self.v_width,
-            )  # fmt: skip
-            parts.append(out)
+            parts.append(kernel(q, k, v, split.local, scale))
+        parts.append(exchange.attend(self, projected, kv_latent, weights[1], kernel, scale, split, group))
         return parts
 
     def _weights(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,40 +105,20 @@ class UpProjection:
                 hook(linear, ())
         return self.of_queries.weight, self.of_keys_values.weight
 
-    def _home(self, q_latent: torch.Tensor, kv_latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The latents of the samples at home, if there are any."""
+    def _local(self, q_latent: torch.Tensor, kv_latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The latents of the local samples, if there are any."""
         split = micro_batch.current().split
-        return () if split.home is None else (rows_at(q_latent, split.home_at), rows_at(kv_latent, split.home_at))
+        return () if split.local is None else (rows_at(q_latent, split.local_at), rows_at(kv_latent, split.local_at))
 
-    def _project_home(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """([q_latent, kv_latent,] weights) of the samples at home -> q, k, v of all heads, or nothing."""
+    def _project_local(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """([q_latent, kv_latent,] weights) of the local samples -> q, k, v of all heads, or nothing."""
         if len(tensors) == 2:
             return ()
         context = micro_batch.current()
         q_latent, kv_latent, *weights = tensors
         heads = range(self.num_heads)
-        positions = rows_at(context.position_ids, context.split.home_at)
+        positions = rows_at(context.position_ids, context.split.local_at)
         return self.queries(q_latent, weights[0], heads, positions), *self.keys_values(kv_latent, weights[1], heads)
-
-    def _project_qkv(
-        self, latents: torch.Tensor, shared: Shared, group: dist.ProcessGroup, w_q: torch.Tensor, w_kv: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """[x, q + l + r] -> q, k [x, h / c, d], v [x, h / c, dv] of this rank's heads."""
-        num_heads, left = divmod(self.num_heads, len(shared.counts))
-        if left:
-            raise ConfigError(
-                f"exchange=qkv_latent: CP degree {len(shared.counts)} does not divide the {self.num_heads} heads of a "
-                "rank; use kv_latent or p2p"
-            )
-        heads = own_heads(num_heads, dist.get_rank(group))
-        q_latent, kv_latent = latents.split((w_q.shape[1], self.kv_latent + self.rope_width), dim=1)
-        return self.queries(q_latent, w_q, heads, query_positions(shared)), *self.keys_values(kv_latent, w_kv, heads)
-
-    def _project_q(self, q_latent: torch.Tensor, w_q: torch.Tensor) -> torch.Tensor:
-        """[x_r, q] -> q [x_r, h, d] of all heads."""
-        context = micro_batch.current()
-        positions = rows_at(context.position_ids, context.split.shared_at)
-        return self.queries(q_latent, w_q, range(self.num_heads), positions)
 
     def queries(
         self, latents: torch.Tensor, weight: torch.Tensor, heads: range, positions: torch.Tensor
@@ -198,19 +150,3 @@ class UpProjection:
             mla_rotary_interleaved=True,
         )  # fmt: skip
         return rotated[:, 0]
-
-
-def own_heads(num_heads: int, cp_rank: int) -> range:
-    """The `num_heads` heads of a CP rank."""
-    return range(cp_rank * num_heads, (cp_rank + 1) * num_heads)
-
-
-def query_positions(shared: Shared) -> torch.Tensor:
-    """int64 [x]: what the queries of all shared tokens are rotated by."""
-    return shared.positions
-
-
-def _gathered(rows: torch.Tensor, shared: Shared, group: dist.ProcessGroup) -> torch.Tensor:
-    """[x_r, w] -> [x, w] of all ranks, in the order of the pack."""
-    gathered = all_gather_rows(rows, shared.counts, group)
-    return gathered if shared.to_pack is None else gathered.index_select(0, shared.to_pack)

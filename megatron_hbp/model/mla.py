@@ -24,7 +24,8 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.typed_torch import apply_module
 
 from megatron_hbp.model import context as micro_batch
-from megatron_hbp.model.latents import LATENT, NothingToDiscard, UpProjection
+from megatron_hbp.model.latents import NothingToDiscard, UpProjection
+from megatron_hbp.planning.core.exchanges import EXCHANGES
 
 
 class PackedMLASelfAttention(MLASelfAttention):
@@ -62,7 +63,7 @@ class PackedMLASelfAttention(MLASelfAttention):
         micro-batch are shared by an exchange of latents; otherwise Megatron-LM's.
         """
         context = micro_batch.current()
-        if context.exchange not in LATENT or context.split.shared is None:
+        if context.split.shared is None or not EXCHANGES[context.tier.exchange].needs_latents:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         if self.recompute_up_proj:
             self.qkv_up_checkpoint = NothingToDiscard()  # core attention puts its own here

@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_hbp.errors import ConfigError, everywhere
 from megatron_hbp.model.context import MicroBatchContext, capture_context
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.planning.core.tiers import Recompute
 
 # Recompute module (as in --recompute-modules) -> the flags its owners read at forward, as of megatron-core 0.19.2.
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -93,7 +93,7 @@ class RecomputeSwitch:
 
     def __call__(self, context: MicroBatchContext) -> None:
         """Set the policy of a micro-batch that becomes current."""
-        self.set(context.recompute)
+        self.set(context.tier.recompute)
 
     def set(self, policy: Recompute) -> None:
         """Set `policy` on all configs and flags."""

@@ -1,11 +1,10 @@
-"""Which attention of a pack a rank computes alone, and which it shares with the ranks of its group.
+"""Which attention of a pack a rank computes alone, and which it shares with the ranks of its group, as tensors.
 
-Samples that lie on one rank need no exchange. They stay at home as long as that keeps the ranks' work even; the other
-samples of a pack, the *shared* ones, form a pack of their own, which the exchanges work on.
+The *shared* samples form a pack of their own, which the exchanges work on; the others are *local*. Who is which is
+decided in planning/core/slices.py.
 
 Legend: `c` CP degree, `s` local tokens, `x` tokens of the shared samples, of which this rank holds `x_r`, `n` segments
-of the pack (samples, then pieces of padding). Layouts: a rank holds one slice of c (contiguous) or slices r and
-2c - 1 - r of 2c (zigzag).
+of the pack (samples, then pieces of padding).
 """
 
 import functools
@@ -16,9 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-UNEVENNESS = 0.02
-"""Work that samples at home may add to the fullest rank, as a share of the pack's work per rank. The exchange that they
-save is a few percent of a layer; a 16K sample at home on one of 8 ranks would cost its owner 8 times its share."""
+from megatron_hbp.planning.core.slices import local_positions, owner_of_tokens, stays_local
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,15 +91,15 @@ class Shared:
 class Split:
     """One rank's attention of a pack."""
 
-    home: Segments | None
+    local: Segments | None
     """Samples and padding that only this rank works on; None where there are none."""
-    home_at: torch.Tensor | None
+    local_at: torch.Tensor | None
     """int64: their local positions; None where these are all [0, s)."""
     shared: Shared | None
     shared_at: torch.Tensor | None
     """int64 [x_r]: local positions of the shared samples; None where these are all."""
     back: torch.Tensor | None
-    """int64 [s]: from (home, shared) rows to local positions."""
+    """int64 [s]: from (local, shared) rows to local positions."""
 
 
 def rows_at(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
@@ -110,37 +107,28 @@ def rows_at(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
     return x if at is None else x.index_select(0, at)
 
 
-def local_positions(padded_length: int, *, cp_degree: int, zigzag: bool) -> np.ndarray:
-    """Positions in the pack of each rank's tokens, in local order: int64 [c, s]."""
-    if not zigzag:
-        return np.arange(padded_length).reshape(cp_degree, -1)
-    slices = np.arange(padded_length).reshape(2 * cp_degree, -1)
-    return np.concatenate((slices[:cp_degree], slices[: cp_degree - 1 : -1]), axis=1)
-
-
 def split_pack(
     cu_seqlens: np.ndarray, *, num_tokens: int, cp_degree: int, cp_rank: int, zigzag: bool, device: torch.device
 ) -> Split:
     """Split the attention of a pack with segments `cu_seqlens` [n + 1] for rank `cp_rank`.
 
-    Segments from `num_tokens` on are padding, which always stays at home. All ranks of the group come to the same
+    Segments from `num_tokens` on are padding, which always stays local. All ranks of the group come to the same
     split: it follows from the pack alone.
     """
     if cp_degree == 1:
         whole = Segments.of(cu_seqlens.tolist(), device=device)
-        return Split(home=whole, home_at=None, shared=None, shared_at=None, back=None)
+        return Split(local=whole, local_at=None, shared=None, shared_at=None, back=None)
     positions = local_positions(int(cu_seqlens[-1]), cp_degree=cp_degree, zigzag=zigzag)
-    rank_of = np.empty(positions.size, np.int64)
-    rank_of[positions] = np.arange(cp_degree)[:, None]
+    owner = owner_of_tokens(positions)
     is_padding = cu_seqlens[:-1] >= num_tokens
-    is_shared = ~(_stay_home(cu_seqlens, rank_of, cp_degree) | is_padding)  # [n]
+    is_shared = ~(stays_local(cu_seqlens, owner, cp_degree) | is_padding)  # [n]
     lengths = np.diff(cu_seqlens)
     token_shared = np.repeat(is_shared, lengths)  # [t]
     mine = positions[cp_rank]
     here = token_shared[mine]  # [s]
-    home = _home(cu_seqlens, is_shared, rank_of, cp_rank, device)
+    local = _local(cu_seqlens, is_shared, owner, cp_rank, device)
     if not is_shared.any():
-        return Split(home=home, home_at=None, shared=None, shared_at=None, back=None)
+        return Split(local=local, local_at=None, shared=None, shared_at=None, back=None)
 
     starts = np.concatenate(([0], np.cumsum(lengths[is_shared])))
     index = np.cumsum(token_shared) - 1  # position in the pack -> in the shared pack
@@ -157,47 +145,22 @@ def split_pack(
         ranges_of=ranges_of,
     )
     if here.all():
-        return Split(home=None, home_at=None, shared=shared, shared_at=None, back=None)
-    home_at, shared_at = np.flatnonzero(~here), np.flatnonzero(here)
-    back = np.argsort(np.concatenate((home_at, shared_at)))
+        return Split(local=None, local_at=None, shared=shared, shared_at=None, back=None)
+    local_at, shared_at = np.flatnonzero(~here), np.flatnonzero(here)
+    back = np.argsort(np.concatenate((local_at, shared_at)))
     return Split(
-        home=home,
-        home_at=_tensor(home_at, device),
+        local=local,
+        local_at=_tensor(local_at, device),
         shared=shared,
         shared_at=_tensor(shared_at, device),
         back=_tensor(back, device),
     )
 
 
-def _stay_home(cu_seqlens: np.ndarray, rank_of: np.ndarray, cp_degree: int) -> np.ndarray:
-    """bool [n]: segments on one rank that stay there; on each rank the shortest, up to one level of work for all."""
-    first, last = cu_seqlens[:-1], cu_seqlens[1:] - 1
-    lengths = np.diff(cu_seqlens).astype(np.float64)
-    # one rank at both ends is not enough under zigzag, where another rank's slices may lie between
-    changes = np.concatenate(([0], np.cumsum(rank_of[1:] != rank_of[:-1])))
-    whole = changes[first] == changes[last]
-    work = lengths**2
-    allowed = UNEVENNESS * work.sum() / cp_degree
-    owner = rank_of[first]
-    by_length = np.argsort(lengths, kind="stable")
-    piled = np.zeros_like(work)  # work at home of the owner, this segment and all shorter ones included
-    for rank in range(cp_degree):
-        held = by_length[(whole & (owner == rank))[by_length]]
-        piled[held] = np.cumsum(work[held])
-    level = work.sum() / cp_degree
-    for _ in range(30):
-        stay = whole & (piled <= level)
-        at_home = np.bincount(owner[stay], weights=work[stay], minlength=cp_degree)
-        if at_home.max() - at_home.mean() <= allowed:
-            return stay
-        level *= 0.7
-    return np.zeros(len(whole), bool)
-
-
-def _home(
-    cu_seqlens: np.ndarray, is_shared: np.ndarray, rank_of: np.ndarray, cp_rank: int, device: torch.device
+def _local(
+    cu_seqlens: np.ndarray, is_shared: np.ndarray, owner: np.ndarray, cp_rank: int, device: torch.device
 ) -> Segments | None:
-    here = ~is_shared & (rank_of[cu_seqlens[:-1]] == cp_rank)
+    here = ~is_shared & (owner[cu_seqlens[:-1]] == cp_rank)
     if not here.any():
         return None
     return Segments.of([0, *np.cumsum(np.diff(cu_seqlens)[here]).tolist()], device=device)

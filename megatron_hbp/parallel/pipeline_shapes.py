@@ -1,7 +1,7 @@
 """Shapes between pipeline stages, from the plan instead of over the wire.
 
 Where the local tokens of micro-batches differ, Megatron-LM's stages send each other the shape before every tensor and
-wait for it on the host: a transfer and a synchronization a hop. All stages of a pipeline have the same data-parallel
+wait for it on the host: a transfer and a synchronization per hop. All stages of a pipeline have the same data-parallel
 rank, so each knows what the plan gives it. Under 1F1B the k-th tensor from the previous stage is the activations of
 micro-batch k, and the k-th from the next stage the gradient of its output; both are [s_k, 1, h], s_k local tokens
 (a TP-th of them under sequence parallelism), h the hidden width.
@@ -47,5 +47,5 @@ class PlannedP2PCommunicator(P2PCommunicator):
         return _next_if(recv_prev, self._received_prev), _next_if(recv_next, self._received_next)
 
 
-def _next_if(wanted: bool, planned: Iterator[Shape]) -> Shape:
-    return next(planned) if wanted else [0, 0, 0]
+def _next_if(expected: bool, planned: Iterator[Shape]) -> Shape:
+    return next(planned) if expected else [0, 0, 0]

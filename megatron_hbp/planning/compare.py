@@ -1,18 +1,16 @@
 """Many planners on one data set, under one cost model."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-import numpy as np
-
-from megatron_hbp.planning.layout import Request
-from megatron_hbp.planning.metrics import PlanMetrics, plan_metrics
-from megatron_hbp.planning.packing import METHODS, PackingMethod
-from megatron_hbp.planning.peers import PEERS, Planner
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.planner import Schedule, make_plan, method_plan
-from megatron_hbp.planning.quality import Randomness, randomness
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.measure.metrics import PlanMetrics, plan_metrics
+from megatron_hbp.planning.measure.quality import Randomness, randomness
+from megatron_hbp.planning.peers import PEERS
+from megatron_hbp.planning.planner import planners
+from megatron_hbp.planning.request import Planner, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +25,17 @@ class Contender:
 
 
 def contenders() -> dict[str, Planner]:
-    """All planners of this package by name: ours, the paper's, packing methods in one tier, and peers."""
-    ours = {"HBP, lockstep": _ours("lockstep"), "HBP, gang": _ours("gang")}
-    paper = {
-        "HBP as in the paper": _method("ISF", balanced=True, hierarchical=True),
-        "hierarchical, not balanced": _method("ISF", balanced=False, hierarchical=True),
-    }
-    single = {f"one tier, {name}": _method(name, balanced=False, hierarchical=False) for name in METHODS}
-    return ours | paper | PEERS | single
+    """Ours, the paper's, peers, and packing methods in one tier, by name."""
+    found = planners()
+    in_one_tier = {name: found.pop(name) for name in list(found) if name.startswith("one tier")}
+    return found | PEERS | in_one_tier
 
 
-def compare(lengths: np.ndarray, request: Request, planners: dict[str, Planner]) -> Iterator[Contender]:
+def compare(samples: Samples, request: Request, planners: Mapping[str, Planner]) -> Iterator[Contender]:
     """Run every planner, one after the other."""
     for name, planner in planners.items():
         start = time.perf_counter()
-        plan = planner(lengths, request)
+        plan = planner(samples, request)
         seconds = time.perf_counter() - start
         yield Contender(
             name=name,
@@ -50,26 +44,3 @@ def compare(lengths: np.ndarray, request: Request, planners: dict[str, Planner])
             randomness=randomness(plan),
             planning_seconds=seconds,
         )
-
-
-def _ours(schedule: Schedule) -> Planner:
-    def planner(lengths: np.ndarray, request: Request) -> Plan:
-        return make_plan(
-            lengths, tiers=request.tiers, num_ranks=request.num_ranks, step_tokens=request.step_tokens,
-            seed=request.seed, cost=request.cost, schedule=schedule,
-        )  # fmt: skip
-
-    return planner
-
-
-def _method(name: str, *, balanced: bool, hierarchical: bool) -> Planner:
-    method: PackingMethod = METHODS[name]
-
-    def planner(lengths: np.ndarray, request: Request) -> Plan:
-        setting = request if hierarchical else replace(request, tiers=request.tiers[-1:])
-        return method_plan(
-            lengths, tiers=setting.tiers, num_ranks=setting.num_ranks, step_tokens=setting.step_tokens,
-            seed=setting.seed, cost=setting.cost, method=method, balanced=balanced,
-        )  # fmt: skip
-
-    return planner

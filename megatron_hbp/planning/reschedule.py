@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 
 from megatron_hbp.errors import ConfigError, PlanError
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.planner import check_ranks
-from megatron_hbp.planning.schedule import balanced_slots
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.request import check_ranks
+from megatron_hbp.planning.schedule.slots import balanced_slots
+
+MAX_EPOCHS = 1000
+"""A plan lists every occurrence: a thousand epochs of a million samples are 12 GB."""
 
 
 def reschedule(plan: Plan, *, num_ranks: int, cost: CostModel, from_step: int = 0, slot_multiple: int = 1) -> Plan:
@@ -19,49 +22,24 @@ def reschedule(plan: Plan, *, num_ranks: int, cost: CostModel, from_step: int = 
     Each sample that has not run yet runs exactly once; step 0 of the new plan is `from_step` of the old one. Raises
     PlanError for a step outside the plan, ConfigError for ranks that the tiers do not divide. On more ranks than
     before, steps that no longer fill a slot leave ranks idle (counted as dummies): a larger step would change training.
-    Steps get a multiple of `slot_multiple` slots, as in `make_plan`.
+    Steps get a multiple of `slot_multiple` slots.
     """
     if not 0 <= from_step < plan.num_steps:
         raise PlanError(f"step {from_step} is outside the plan, which has {plan.num_steps} steps")
     if plan.schedule != "lockstep":
         raise ConfigError("only lockstep plans can be laid out for other ranks; make a gang plan anew")
-    check_ranks(plan.tiers, num_ranks, plan.step_tokens)
-    first = int(np.searchsorted(plan.pack_step, from_step))
+    check_ranks(plan.tiers, num_ranks)
+    packs = np.arange(np.searchsorted(plan.pack_step, from_step), plan.num_packs)
     seconds = cost.pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
-    step = plan.pack_step[first:] - from_step
+    step = plan.pack_step[packs] - from_step
     slot, rank0 = np.empty(len(step), np.int64), np.empty(len(step), np.int64)
     counts = np.zeros(plan.num_steps - from_step, np.int64)
     ends = np.searchsorted(step, np.arange(len(counts)), "right")
     for index, (start, end) in enumerate(zip(np.append(0, ends[:-1]), ends, strict=True)):
-        packs = slice(first + start, first + end)
-        slot[start:end], rank0[start:end] = balanced_slots(seconds[packs], plan.pack_cp[packs], num_ranks)
+        here = packs[start:end]
+        slot[start:end], rank0[start:end] = balanced_slots(seconds[here], plan.pack_cp[here], num_ranks)
         counts[index] = -(-(slot[start:end].max() + 1) // slot_multiple) * slot_multiple
-    return _rebuilt(plan, first, step, slot, rank0, counts, num_ranks)
-
-
-def _rebuilt(
-    plan: Plan, first: int, step: np.ndarray, slot: np.ndarray, rank0: np.ndarray, counts: np.ndarray, num_ranks: int
-) -> Plan:
-    """Packs from `first` on in their new places, columns in the canonical order."""
-    order = np.lexsort((rank0, slot, step))
-    old = order + first
-    sizes = np.diff(plan.pack_offsets)[old]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    samples = np.repeat(plan.pack_offsets[old] - offsets[:-1], sizes) + np.arange(offsets[-1])
-    dummies = int(counts.sum()) * num_ranks - int(plan.pack_cp[old].sum())
-    return replace(
-        plan,
-        sample_ids=plan.sample_ids[samples],
-        lengths=plan.lengths[samples],
-        pack_offsets=offsets,
-        pack_tier=plan.pack_tier[old],
-        pack_step=step[order].astype(np.int32),
-        pack_slot=slot[order].astype(np.int32),
-        pack_rank0=rank0[order].astype(np.int32),
-        num_micro_batches=counts.astype(np.int32),
-        num_ranks=num_ranks,
-        counts=dict(plan.counts) | {"dummies": dummies},
-    )
+    return plan.subset(packs, step=step, slot=slot, rank0=rank0, num_micro_batches=counts, num_ranks=num_ranks)
 
 
 def join_epochs(plans: Sequence[Plan]) -> Plan:
@@ -94,7 +72,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 def mixture_repeats(source: np.ndarray, weights: Sequence[float], seed: int = 0) -> np.ndarray:
-    """How often each sample occurs when source s is wanted `weights[s]` times: int64 [samples].
+    """How often each sample occurs when source s is repeated `weights[s]` times: int64 [samples].
 
     `source` int [samples]. The whole part of a weight repeats every sample, the rest picks samples at random.
     """

@@ -51,7 +51,7 @@ def wanted() -> bool:
 
 
 def apply() -> None:
-    """Apply every patch, once a process."""
+    """Apply every patch, once per process."""
     global _applied
     if _applied:
         return

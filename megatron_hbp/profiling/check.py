@@ -9,10 +9,10 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_hbp.errors import PlanError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.profile_table import write_json
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.json_files import write_json
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.profiling.measure import DoesNotFitError, RanksStuckError, gangs_by_rank, time_repeats
 from megatron_hbp.profiling.progress import counted
 from megatron_hbp.profiling.session import Session
@@ -84,16 +84,8 @@ def check_plan(session: Session, plan: Plan, path: Path, cost: CostModel) -> Che
 def _slot(plan: Plan, step: int, slot: int) -> Plan:
     """The plan of one slot alone: what runs before and after it is not in its time."""
     packs = np.flatnonzero((plan.pack_step == step) & (plan.pack_slot == slot))
-    parts = [slice(plan.pack_offsets[p], plan.pack_offsets[p + 1]) for p in packs]
-    sizes = np.array([part.stop - part.start for part in parts])
-    return replace(
-        plan, sample_ids=np.concatenate([plan.sample_ids[part] for part in parts]),
-        lengths=np.concatenate([plan.lengths[part] for part in parts]),
-        pack_offsets=np.concatenate([[0], sizes.cumsum()]),
-        pack_tier=plan.pack_tier[packs], pack_step=np.zeros(len(packs), np.int32),
-        pack_slot=np.zeros(len(packs), np.int32), pack_rank0=plan.pack_rank0[packs],
-        num_micro_batches=np.ones(1, np.int32), schedule="lockstep",
-    )  # fmt: skip
+    first = np.zeros(len(packs), np.int64)
+    return plan.subset(packs, step=first, slot=first, rank0=plan.pack_rank0[packs], schedule="lockstep")
 
 
 def _write(checked: Checked, out: Path, plan_path: Path) -> None:

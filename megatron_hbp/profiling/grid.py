@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.profile_table import SHAPES, Setting
-from megatron_hbp.planning.types import Recompute, parse_tiers
+from megatron_hbp.planning.core.tiers import Recompute
+from megatron_hbp.planning.cost.profile_table import SHAPES, Setting
 
 LEAST_LOCAL_TOKENS = 64
 """Settings with fewer tokens on a rank are left out: launches and latencies alone."""
@@ -29,12 +29,11 @@ def parse_policies(text: str | None, num_layers: int) -> tuple[Recompute, ...]:
     policies = []
     for word in text.split(","):
         try:
-            (tier,) = parse_tiers(f"1:cp1:{word.strip()}")
+            policy = Recompute.parse(word.strip())
         except ConfigError:
-            tier = None
-        if tier is None or str(tier.recompute) != word.strip():  # other options of a tier (layout, kernel)
+            policy = None
+        if policy is None:
             raise ConfigError(f"--hbp-profile-recompute {word!r}: none, fullN or sel=MODULE+MODULE, comma-separated")
-        policy = tier.recompute
         if policy.num_layers > num_layers:
             raise ConfigError(f"--hbp-profile-recompute {word!r}: the model has {num_layers} layers")
         if policy not in policies:

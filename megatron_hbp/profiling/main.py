@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megatron_hbp.errors import DataError, HbpError, StopRequested, everywhere
-from megatron_hbp.planning import cost_file, profile_table
-from megatron_hbp.planning.fit import ProfileFit, fit_profile
-from megatron_hbp.planning.profile_memory import predict, with_limit
-from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable, Setting
+from megatron_hbp.planning.cost import file as cost_file
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.fit import ProfileFit, fit_profile
+from megatron_hbp.planning.cost.profile_memory import predict_fit, with_limit
+from megatron_hbp.planning.cost.profile_table import Measurement, ProfileTable, Setting
 from megatron_hbp.profiling.options import ProfileOptions
 from megatron_hbp.runtime.arguments import platform_flags
 from megatron_hbp.training.main import fail, leave
@@ -109,7 +110,7 @@ def _fill(session: Any, table: ProfileTable) -> ProfileTable:
     is_warm = False
     with Progress(every, missing, table.header.model, show=dist.get_rank() == 0) as progress:
         for setting in missing:
-            refused = predict(table, setting).refused
+            refused = predict_fit(table, setting).refused
             if refused:
                 row = _refused(setting, refused)
             else:
@@ -129,8 +130,8 @@ def _fill(session: Any, table: ProfileTable) -> ProfileTable:
     return table
 
 
-def _refused(setting: Setting, why: str) -> ProfileRow:
-    return ProfileRow(
+def _refused(setting: Setting, why: str) -> Measurement:
+    return Measurement(
         tokens=setting.tokens, cp_degree=setting.cp_degree, recompute=setting.recompute, shape=setting.shape,
         squares=setting.squares, seconds=None, repeats=0, spread=0.0, peak_bytes=None, fits=False, why=why,
     )  # fmt: skip
@@ -151,7 +152,7 @@ def _fit(table: ProfileTable, options: ProfileOptions) -> ProfileFit | None:
     from megatron_hbp.report.profile_tables import print_fit
 
     try:
-        fit = fit_profile(table, name=str(options.cost_file))
+        fit = fit_profile(table, name=options.cost_file.name.removesuffix(".json"))
     except DataError as error:
         print(f"{PROGRAM}: no cost model: {error}", file=sys.stderr, flush=True)
         return None

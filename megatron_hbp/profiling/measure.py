@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_hbp.planning.profile_memory import over_limit
-from megatron_hbp.planning.profile_table import ProfileRow, Setting
+from megatron_hbp.planning.cost.profile_memory import over_limit
+from megatron_hbp.planning.cost.profile_table import Measurement, Setting
 from megatron_hbp.profiling.packs import plan_of_one_pack
 from megatron_hbp.profiling.session import Session
 from megatron_hbp.training.feed import Feed
@@ -36,7 +36,7 @@ class RanksStuckError(Exception):
     """This rank ran out of memory in the middle of an exchange, the others wait for it there: start all anew."""
 
 
-def measure(session: Session, setting: Setting, *, is_warm: bool) -> ProfileRow:
+def measure(session: Session, setting: Setting, *, is_warm: bool) -> Measurement:
     """One row. Collective over the world. Raises RanksStuckError.
 
     Threads, rotary tables and libraries are made at first use and belong to no row: where nothing has run yet
@@ -58,12 +58,12 @@ def measure(session: Session, setting: Setting, *, is_warm: bool) -> ProfileRow:
             time_repeats(session, feed, repeats=1)  # warm-up
         times = time_repeats(session, feed)
     except DoesNotFitError:
-        return ProfileRow(**row, **nothing, fits=False, why="out of memory")
+        return Measurement(**row, **nothing, fits=False, why="out of memory")
     finally:
         _release(session)
     seconds, spread = gang_seconds(session, times, setting.cp_degree)
     why = over_limit(peak, session.memory_limit)
-    return ProfileRow(
+    return Measurement(
         **row, seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=peak,
         saved_bytes=saved, fits=not why, why=why,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The flags of `hbp profile`, the Megatron-LM flags that they imply, and what of the model the cost formula needs."""
+"""The flags of `hbp profile`, the Megatron-LM flags that they imply."""
 
 import argparse
 import dataclasses
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.cost_file import cost_file_of
-from megatron_hbp.planning.profile_table import ModelFacts
-from megatron_hbp.planning.types import Recompute
+from megatron_hbp.planning.core.tiers import Recompute
+from megatron_hbp.planning.cost.file import cost_file_of
 from megatron_hbp.profiling.grid import parse_numbers, parse_policies
 from megatron_hbp.training.options import add_hbp_arguments
 
@@ -128,41 +127,6 @@ def implied_flags(options: ProfileOptions) -> list[str]:
         "--tokenizer-type": "NullTokenizer",
     }
     return [str(word) for pair in flags.items() for word in pair] + ["--calculate-per-token-loss"]
-
-
-def model_facts(args: Any, attention: Any, supervised: float) -> ModelFacts:
-    """FLOPs of the model by its GEMM weights; `attention` is the shape of the whole layer (all TP ranks together)."""
-    hidden, heads, layers = args.hidden_size, attention.num_query_heads, args.num_layers
-    if args.multi_latent_attention:
-        queries = heads * attention.qk_width
-        down = hidden * args.q_lora_rank + args.q_lora_rank * queries if args.q_lora_rank else hidden * queries
-        keys = heads * (attention.qk_width - attention.rope_width + attention.v_width)
-        project = down + hidden * (attention.kv_latent + attention.rope_width) + attention.kv_latent * keys
-    else:
-        project = hidden * (heads + 2 * attention.num_kv_heads) * attention.qk_width
-    project += heads * attention.v_width * hidden
-    matrices = 3 if args.swiglu else 2
-    sparse = _moe_layers(args)
-    expert = matrices * hidden * (
-        args.moe_router_topk * (args.moe_ffn_hidden_size or args.ffn_hidden_size)
-        + (args.moe_shared_expert_intermediate_size or 0)
-    ) + hidden * (args.num_experts or 0)  # fmt: skip
-    weights = layers * project + (layers - sparse) * matrices * hidden * args.ffn_hidden_size + sparse * expert
-    return ModelFacts(
-        num_layers=layers,
-        linear_flops=6.0 * (weights + hidden * args.padded_vocab_size * supervised),
-        attention_flops=float(heads * (attention.qk_width + attention.v_width) * layers),
-        attention=attention,
-    )
-
-
-def _moe_layers(args: Any) -> int:
-    if not args.num_experts:
-        return 0
-    pattern = args.moe_layer_freq
-    if isinstance(pattern, int):
-        return sum(layer % pattern == 0 for layer in range(args.num_layers))
-    return sum(pattern)
 
 
 def config_digest(config: Any, args: Any) -> str:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hbp.planning.plan import DataFingerprint, Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import DataFingerprint, Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +29,14 @@ class SyntheticStore:
 
 def plan_of_one_pack(lengths: np.ndarray, tier: Tier, num_ranks: int) -> Plan:
     """One step of one slot: num_ranks / CP degree gangs, each with a pack of samples of these lengths."""
-    gangs, count = num_ranks // tier.cp_degree, len(lengths)
-    every = np.tile(np.asarray(lengths, np.int64), gangs)
-    plan = Plan(
-        tiers=(tier,),
-        sample_ids=np.arange(len(every), dtype=np.int64),
-        lengths=every.astype(np.int32),
-        pack_offsets=np.arange(gangs + 1, dtype=np.int64) * count,
-        pack_tier=np.zeros(gangs, np.int32),
-        pack_step=np.zeros(gangs, np.int32),
-        pack_slot=np.zeros(gangs, np.int32),
-        pack_rank0=np.arange(gangs, dtype=np.int32) * tier.cp_degree,
-        num_micro_batches=np.ones(1, np.int32),
-        num_ranks=num_ranks,
-        schedule="lockstep",
-        seed=0,
-        step_tokens=int(every.sum()),
-        cost_model="none",
-        data=DataFingerprint.of(every),
-    )
+    gangs = num_ranks // tier.cp_degree
+    samples = Samples.of(np.tile(np.asarray(lengths, np.int64), gangs))
+    zeros = np.zeros(gangs, np.int64)
+    plan = Plan.build(
+        tiers=(tier,), sample_ids=np.arange(len(samples)), lengths=samples.lengths,
+        pack_of=np.repeat(np.arange(gangs), len(lengths)), pack_tier=zeros, step=zeros, slot=zeros,
+        rank0=np.arange(gangs) * tier.cp_degree, num_ranks=num_ranks, schedule="lockstep", seed=0,
+        step_tokens=int(samples.lengths.sum()), cost={}, data=DataFingerprint.of(samples),
+    )  # fmt: skip
     plan.check()
     return plan

@@ -1,4 +1,4 @@
-"""A bar with the time left on a terminal, a line a row elsewhere. On rank 0, on stderr."""
+"""A bar with the time left on a terminal, a line per row elsewhere. On rank 0, on stderr."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn, track
 from rich.progress import Progress as Bar
 
-from megatron_hbp.planning.profile_table import ModelFacts, ProfileRow, Setting
+from megatron_hbp.planning.core.model import ModelSpec
+from megatron_hbp.planning.cost.profile_table import Measurement, Setting
 
 FIXED_TOKENS = 512
 """A row costs at least what so many tokens cost: launches, and the agreement of the ranks."""
@@ -24,7 +25,7 @@ def counted[T](items: Sequence[T], what: str) -> Iterable[T]:
 class Progress:
     """Counts rows; the time left goes by the work of the rows left, which lengths set a thousandfold apart."""
 
-    def __init__(self, every: Sequence[Setting], missing: Sequence[Setting], model: ModelFacts, *, show: bool):
+    def __init__(self, every: Sequence[Setting], missing: Sequence[Setting], model: ModelSpec, *, show: bool):
         self._model, self._show, self._every, self._done = model, show, len(every), len(every) - len(missing)
         self._console = Console(stderr=True)
         self._total = sum(map(self._work, missing))
@@ -45,11 +46,11 @@ class Progress:
     def __exit__(self, *exc: Any) -> None:
         self._bar.stop()
 
-    def advance(self, row: ProfileRow) -> None:
+    def advance(self, row: Measurement) -> None:
         """A row is done."""
         self._done += 1
-        told = f"{row.seconds:.3f} s" if row.seconds is not None else row.why
-        note = f"{row.setting}: {told}"
+        result = f"{row.seconds:.3f} s" if row.seconds is not None else row.why
+        note = f"{row.setting}: {result}"
         self._bar.update(self._task, advance=self._work(row.setting), rows=self._count(), note=note)
         if self._show and not self._console.is_terminal:
             print(f"> hbp profile: row {self._count()}: {note}", flush=True)
@@ -58,5 +59,5 @@ class Progress:
         return f"{self._done}/{self._every}"
 
     def _work(self, setting: Setting) -> float:
-        linear = (setting.local_tokens + FIXED_TOKENS) * self._model.linear_flops
+        linear = (setting.local_tokens + FIXED_TOKENS) * self._model.linear_flops()
         return linear + setting.squares / setting.cp_degree * 3.5 * self._model.attention_flops

@@ -24,17 +24,18 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 
 from megatron_hbp import __version__
 from megatron_hbp.errors import ConfigError
+from megatron_hbp.families import model_of_args
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.extension import drop_stale_lock
 from megatron_hbp.model.loss import CHUNK_ROWS
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
 from megatron_hbp.model.spec import why_no_latents, with_packed_model
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.exchange import refusal
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.profile_table import ProfileHeader
-from megatron_hbp.planning.types import Recompute
-from megatron_hbp.profiling.options import ProfileOptions, add_arguments, config_digest, implied_flags, model_facts
+from megatron_hbp.planning.core.exchanges import EXCHANGES
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Recompute
+from megatron_hbp.planning.cost.profile_table import ProfileHeader
+from megatron_hbp.profiling.options import ProfileOptions, add_arguments, config_digest, implied_flags
 from megatron_hbp.profiling.packs import SyntheticStore
 from megatron_hbp.profiling.yardstick import Yardstick
 from megatron_hbp.runtime.arguments import MegatronRefusal, parse, refused_by_megatron
@@ -43,7 +44,7 @@ from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.forward import make_forward_step
 from megatron_hbp.training.hooks import pipeline_arguments
 from megatron_hbp.training.options import check_layout, feed_unit, without_fused_mla_rotary
-from megatron_hbp.training.settle import attention_shape, machine_of, settle_tiers
+from megatron_hbp.training.settle import machine_of, settle_tiers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,7 +83,7 @@ class Session:
         lengths = torch.zeros(plan.data.num_samples, dtype=torch.int64).numpy()
         lengths[plan.sample_ids] = plan.lengths
         tiers, _ = settle_tiers(
-            plan, self.header.model.attention.on_tensor_parallel_rank(self.header.layout["tensor_parallel"]),
+            plan, self.header.model.attention.on_tensor_parallel_rank(self.args.tensor_model_parallel_size),
             machine_of(self.args), exchange=self.header.exchange, kernel=self.args.hbp_kernel,
             no_latents=why_no_latents(get_model_config(self.model[0])),
         )  # fmt: skip
@@ -180,13 +181,13 @@ def _header(
 ) -> ProfileHeader:
     tp = args.tensor_model_parallel_size
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "8"))
-    attention = attention_shape(args)
-    on_one = attention.on_tensor_parallel_rank(tp)
+    model = model_of_args(args)
+    on_one = model.attention.on_tensor_parallel_rank(tp)
     return ProfileHeader(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
         # not megatron.core.__version__: it ends with the commit of whatever repository one stands in
         versions={"torch": torch.__version__, "megatron-core": version("megatron-core"), "megatron_hbp": __version__},
-        model=model_facts(args, attention, options.supervised),
+        model=model,
         flags=config_digest(config, args),
         layout={
             "world": args.world_size, "data_parallel": args.data_parallel_size, "tensor_parallel": tp,
@@ -194,8 +195,9 @@ def _header(
             "expert_parallel": args.expert_model_parallel_size, "node_size": max(1, local // tp),
         },
         dtype=str(args.params_dtype).removeprefix("torch."),
-        # plans price an exchange that they leave open as a2a, which needs whole heads on every rank
-        exchange=args.hbp_exchange or ("all_gather" if any(refusal("a2a", on_one, c) for c in degrees) else "a2a"),
+        # the first that all degrees allow, as cost models price an exchange that a plan leaves open
+        exchange=args.hbp_exchange
+        or next(each.name for each in EXCHANGES.values() if not any(each.refusal(on_one, c) for c in degrees)),
         supervised=options.supervised,
         logits_bytes=3.0 * 4 * args.padded_vocab_size / tp,  # three times fp32
         logits_rows=CHUNK_ROWS,

@@ -5,21 +5,19 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from megatron_hbp.planning.fit import ProfileFit, spearman
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.profile_table import SHAPES, ProfileTable
-from megatron_hbp.report.terminal import wide_console
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.cost.fit import ProfileFit, spearman
+from megatron_hbp.planning.cost.profile_table import SHAPES, ProfileTable
+from megatron_hbp.report.terminal import plain_table, table_console
 
 
 def fit_table(table: ProfileTable, fit: ProfileFit) -> Table:
-    """A line a row: setting, measured, fitted, error in the fit of all rows and in one that did not see the row."""
-    lines = Table(title=f"{table.header.device}: {len(table.rows)} rows, dtype {table.header.dtype}")
-    headings = ("tokens", "CP", "recompute", "samples", "measured ms", "fitted ms", "error", "held out", "peak MiB")
-    for heading in headings:
-        lines.add_column(heading, justify="left" if heading == "recompute" else "right")
+    """A line per row: setting, measured, fitted, error in the fit of all rows and in one that did not see the row."""
+    headings = ("recompute", "tokens", "CP", "samples", "measured ms", "fitted ms", "error", "held out", "peak MiB")
+    lines = plain_table(f"{table.header.device}: {len(table.rows)} rows, dtype {table.header.dtype}", headings)
     errors = {each.row.setting: each for each in fit.errors}
     for row in sorted(table.rows, key=lambda r: (r.tokens, r.cp_degree, r.recompute, r.squares)):
-        head = (f"{row.tokens:,}", str(row.cp_degree), row.recompute, str(SHAPES[row.shape]))
+        head = (row.recompute, f"{row.tokens:,}", str(row.cp_degree), str(SHAPES[row.shape]))
         peak = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else ""
         if row.setting in errors and row.seconds:
             one = errors[row.setting]
@@ -41,7 +39,7 @@ def fit_lines(fit: ProfileFit) -> list[str]:
 
 def print_fit(table: ProfileTable, fit: ProfileFit, out: Path, cost_file: Path) -> None:
     """All of it, and where the files are."""
-    console = wide_console()
+    console = table_console()
     console.print(fit_table(table, fit))
     for line in fit_lines(fit):
         console.print(line, highlight=False)
@@ -51,10 +49,11 @@ def print_fit(table: ProfileTable, fit: ProfileFit, out: Path, cost_file: Path) 
 
 
 def check_table(plan: Plan, predicted: np.ndarray, measured: np.ndarray) -> Table:
-    """Predicted against measured seconds [packs], a line a tier."""
-    lines = Table(title="Packs of a plan that the fit never saw")
-    for heading in ("tier", "packs", "measured ms, least to most", "rank correlation", "median error", "worst"):
-        lines.add_column(heading, justify="right" if heading != "tier" else "left")
+    """Predicted against measured seconds [packs], a line per tier."""
+    lines = plain_table(
+        "Packs of a plan that the fit never saw",
+        ("tier", "packs", "measured ms, least to most", "rank correlation", "median error", "worst"),
+    )
     for index, tier in enumerate(plan.tiers):
         packs = plan.pack_tier == index
         if not packs.any():
@@ -70,4 +69,4 @@ def check_table(plan: Plan, predicted: np.ndarray, measured: np.ndarray) -> Tabl
 
 def print_check(plan: Plan, predicted: np.ndarray, measured: np.ndarray) -> None:
     """The comparison on the terminal."""
-    wide_console().print(check_table(plan, predicted, measured))
+    table_console().print(check_table(plan, predicted, measured))

@@ -15,7 +15,7 @@ def draw_runs(
 ) -> None:
     """Draw the loss of each run over trained tokens, its held-out loss, and the unigram entropy; PNG or SVG by suffix.
 
-    `steps` are the "step" lines of each run's metrics file (training/metrics.py); losses in nats a token.
+    `steps` are the "step" lines of each run's metrics file (training/metrics.py); losses in nats per token.
     """
     plt = pyplot()
 
@@ -31,6 +31,6 @@ def draw_runs(
             axes.plot(tokens[-1:], [loss], "o", color=color, label=f"{name}, held out {loss:.3f}")
     axes.axhline(entropy, color="black", linestyle=":", label=f"unigram entropy {entropy:.3f}")
     axes.set_xlabel("trained tokens, thousands")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.legend(frameon=False)
     save_picture(figure, path)

@@ -6,36 +6,38 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from megatron_hbp.planning.pipeline import run_pipeline
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.simulate import Simulation, gang_ends
+from megatron_hbp.planning.core.pipeline import run_pipeline
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.simulate.simulator import Simulation, gang_ends
 from megatron_hbp.report.picture import pyplot, save_picture
+from megatron_hbp.report.terminal import plain_table
 
 _COLORS = ("#3d6b99", "#5b8c5a", "#8a6bb1", "#c98a2b", "#4f9d9d", "#9a5f3c", "#7a7a3a", "#5a5a8c")
-"""One a tier."""
+"""One per tier."""
 _SENT, _EXPERT, _TAIL = "#1d1d1d", "#d07fa8", "#b0413e"
 _MOST_RANKS = 32
-"""Rows of a picture that can be told apart."""
+"""Rows of a picture that can be distinguished."""
 
 
 def summary_table(plan: Plan, found: Simulation) -> Table:
     """What an epoch takes."""
     t = found.topology
-    table = Table(
-        title=f"{t.num_nodes} nodes x {t.gpus_per_node} GPUs: TP {t.tp}, PP {t.pp}"
+    table = plain_table(
+        f"{t.num_nodes} nodes x {t.gpus_per_node} GPUs: TP {t.tp}, PP {t.pp}"
         f"{f' x {t.virtual_stages} chunks' if t.virtual_stages > 1 else ''}, EP {t.ep}, {t.num_ranks} ranks; "
         f"seconds as modelled by {found.cost.name}",
-        show_header=False,
+        ("", ""),
     )
+    table.show_header = False
     rows = [
         ("epoch", f"{found.epoch_seconds:,.1f} s, {plan.num_steps:,} steps"),
         ("GPU days", f"{found.gpu_days:,.3f}"),
-        ("tokens a second and GPU", f"{found.tokens_per_gpu_second:,.0f}"),
+        ("tokens per second and GPU", f"{found.tokens_per_gpu_second:,.0f}"),
         ("step, shortest / median / longest", " / ".join(f"{q:.2f} s" for q in np.quantile(found.wall, (0, 0.5, 1)))),
-        ("computing", f"{1 - sum(found.idle().values()):.2%}"),
+        ("compute", f"{1 - sum(found.idle().values()):.2%}"),
     ]
     memory = found.memory
-    if memory:
+    if memory is not None:
         where = f"stage {memory.stage}, step {memory.step}, rank {memory.rank}"
         verdict = "left" if memory.headroom >= 0 else "MISSING: the plan does not fit"
         rows += [
@@ -50,10 +52,8 @@ def summary_table(plan: Plan, found: Simulation) -> Table:
 
 
 def idle_table(found: Simulation) -> Table:
-    """Where GPUs do not compute, by cause."""
-    table = Table(title="Time without computing")
-    for heading in ("cause", "share", "seconds of a GPU"):
-        table.add_column(heading, justify="left" if heading == "cause" else "right")
+    """Time without compute, by cause."""
+    table = plain_table("Time without compute", ("cause", "share", "seconds per GPU"))
     idle = found.idle()
     for cause, share in idle.items():
         table.add_row(cause, f"{share:.2%}", f"{share * found.epoch_seconds:,.1f}")
@@ -102,20 +102,20 @@ def draw_steps(plan: Plan, found: Simulation, path: Path, step: int | None = Non
 
 
 def _rank_bars(axes: Any, plan: Plan, found: Simulation, step: int, num_rows: int) -> None:
-    """Packs on their ranks: computing in the tier's colour, then what it sends."""
-    pieces = found.pieces
+    """Packs on their ranks: compute in the tier's colour, then what it sends."""
+    parts_of = found.packs
     packs = np.flatnonzero(plan.pack_step == step)
     if plan.schedule == "gang":
-        starts = gang_ends(plan, pieces.total)[0]
+        starts = gang_ends(plan, parts_of.total)[0]
     else:
         slot_seconds = np.zeros(int(plan.num_micro_batches[step]))
-        np.maximum.at(slot_seconds, plan.pack_slot[packs], pieces.total[packs])
+        np.maximum.at(slot_seconds, plan.pack_slot[packs], parts_of.total[packs])
         starts = np.zeros(plan.num_packs)
         starts[packs] = (np.cumsum(slot_seconds) - slot_seconds)[plan.pack_slot[packs]]
     for pack in packs:
         at = starts[pack]
-        parts = ((pieces.compute, _COLORS[plan.pack_tier[pack] % len(_COLORS)]), (pieces.exchange, _SENT))
-        for seconds, color in (*parts, (pieces.expert, _EXPERT)):
+        parts = ((parts_of.compute, _COLORS[plan.pack_tier[pack] % len(_COLORS)]), (parts_of.exchange, _SENT))
+        for seconds, color in (*parts, (parts_of.expert, _EXPERT)):
             first = int(plan.pack_rank0[pack])
             ranks = np.arange(first, min(first + int(plan.pack_cp[pack]), num_rows))
             if seconds[pack] and len(ranks):
@@ -129,8 +129,8 @@ def _stage_bars(axes: Any, plan: Plan, found: Simulation, step: int, num_rows: i
     total, forward, tier = np.zeros((1, count)), np.zeros((1, count)), np.zeros(count, np.int64)
     for pack in np.flatnonzero(plan.pack_step == step):
         slot = plan.pack_slot[pack]
-        if found.pieces.total[pack] > total[0, slot]:
-            total[0, slot], forward[0, slot] = found.pieces.total[pack], found.pieces.forward[pack]
+        if found.packs.total[pack] > total[0, slot]:
+            total[0, slot], forward[0, slot] = found.packs.total[pack], found.packs.forward[pack]
             tier[slot] = plan.pack_tier[pack]
     passes = run_pipeline(
         forward,

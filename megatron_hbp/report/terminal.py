@@ -1,14 +1,33 @@
-"""Where tables go."""
+"""Where tables go, and what they look like."""
 
+from collections.abc import Sequence
+
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
-PLAIN_WIDTH = 160
-"""Columns where the output is no terminal: rich would take 80, and cut the tables."""
-LEAST_WIDTH = 120
-"""Columns that our tables need: a narrower terminal breaks their lines, but shows every digit."""
+LEAST_WIDTH = 80
+"""Columns that our tables fit: a narrower terminal breaks their lines, but shows every digit."""
 
 
-def wide_console() -> Console:
-    """A console as wide as its terminal, or wide enough for our tables in a file or a pipe."""
+def table_console() -> Console:
+    """A console as wide as its terminal; 80 columns in a file, a pipe or a narrower terminal."""
     console = Console()
-    return Console(width=max(console.width, LEAST_WIDTH) if console.is_terminal else PLAIN_WIDTH)
+    return console if console.width >= LEAST_WIDTH else Console(width=LEAST_WIDTH)
+
+
+def plain_table(
+    title: str, headings: Sequence[str], *, left: int = 1, text_width: int | None = None, caption: str = ""
+) -> Table:
+    """An empty table without vertical lines; the first `left` columns are text, the others numbers.
+
+    The last of the text columns is at least `text_width` wide.
+    """
+    table = Table(
+        title=title, title_justify="left", caption=caption or None, caption_justify="left", box=box.SIMPLE_HEAD,
+        pad_edge=False, padding=(0, 1),
+    )  # fmt: skip
+    for index, heading in enumerate(headings):
+        width = text_width if index == left - 1 else None
+        table.add_column(heading, justify="left" if index < left else "right", overflow="fold", min_width=width)
+    return table

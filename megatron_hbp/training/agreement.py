@@ -11,8 +11,8 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_hbp.errors import PlanError
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training.feed import Feed
 
 

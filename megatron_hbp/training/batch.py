@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hbp.model.split import local_positions
-
-# Padding attends to itself in pieces of this many tokens: one long piece would cost its square (PP pads to capacity).
-PADDING_SEGMENT = 128
+from megatron_hbp.planning.core.slices import local_positions, segment_starts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,43 +58,40 @@ def slice_of_pack(
         padded_length: t, a multiple of `cp_degree` and no less than the samples' tokens.
         cp_degree: ranks that share the pack.
         cp_rank: which of them this is.
-        zigzag: a rank holds two mirrored slices instead of one (model/split.py).
+        zigzag: a rank holds two mirrored slices instead of one.
     """
-    tokens, following, positions = (np.zeros(padded_length, np.int64) for _ in range(3))
+    tokens, following = (np.zeros(padded_length, np.int64) for _ in range(2))
     is_supervised = np.zeros(padded_length, bool)
-    starts, end = [0], 0
+    end = 0
     for sample_tokens, loss_mask in samples:
         start, end = end, end + len(sample_tokens)
         tokens[start:end] = sample_tokens
         following[start : end - 1] = sample_tokens[1:]
         is_supervised[start : end - 1] = loss_mask[1:]
-        positions[start:end] = np.arange(end - start)
-        starts.append(end)
     num_tokens, num_samples = end, len(samples)
+    cu_seqlens = segment_starts(
+        [len(tokens) for tokens, _ in samples], padded_length, cp_degree=cp_degree, zigzag=zigzag
+    )
+    segment = np.repeat(np.arange(len(cu_seqlens) - 1), np.diff(cu_seqlens))
+    positions = np.arange(padded_length) - cu_seqlens[segment]
     held = local_positions(padded_length, cp_degree=cp_degree, zigzag=zigzag)  # [c, s]
-    borders = padded_length // (cp_degree * (2 if zigzag else 1))
-    while end < padded_length:  # no piece of padding reaches over a slice's border: it would have to be exchanged
-        start, end = end, min(end + PADDING_SEGMENT, (end // borders + 1) * borders)
-        positions[start:end] = np.arange(end - start)
-        starts.append(end)
-    cu_seqlens = np.array(starts, np.int32)
-    sample_index = np.minimum(np.repeat(np.arange(len(starts) - 1), np.diff(cu_seqlens)), max(num_samples - 1, 0))
+    sample_index = np.minimum(segment, max(num_samples - 1, 0))
 
     s, mine = padded_length // cp_degree, held[cp_rank]
-    # loss rows in rank order: rank k holds rows [has[k], has[k + 1]) and computes those of [dealt[k], dealt[k + 1])
+    # loss rows in rank order: rank k holds [has[k], has[k + 1]) and computes [assigned[k], assigned[k + 1])
     order = held.reshape(-1)
     rows = np.flatnonzero(is_supervised[order])
     has = np.searchsorted(rows, np.arange(cp_degree + 1) * s)
-    dealt = np.arange(cp_degree + 1) * len(rows) // cp_degree
+    assigned = np.arange(cp_degree + 1) * len(rows) // cp_degree
     return PackSlice(
         tokens=tokens[mine],
         position_ids=positions[mine],
         is_real=mine < num_tokens,
         sample_index=sample_index[mine],
         supervised=rows[has[cp_rank] : has[cp_rank + 1]] - cp_rank * s,
-        rows_to=_overlaps(has[cp_rank], has[cp_rank + 1], dealt),
-        rows_from=_overlaps(dealt[cp_rank], dealt[cp_rank + 1], has),
-        labels=following[order[rows[dealt[cp_rank] : dealt[cp_rank + 1]]]],
+        rows_to=_overlaps(has[cp_rank], has[cp_rank + 1], assigned),
+        rows_from=_overlaps(assigned[cp_rank], assigned[cp_rank + 1], has),
+        labels=following[order[rows[assigned[cp_rank] : assigned[cp_rank + 1]]]],
         cu_seqlens=cu_seqlens,
         sample_tokens=np.array([len(sample) for sample, _ in samples] or [0], np.int64),
         sample_supervised=np.bincount(sample_index[is_supervised], minlength=max(num_samples, 1)),
@@ -108,9 +102,3 @@ def _overlaps(start: int, end: int, bounds: np.ndarray) -> tuple[int, ...]:
     """How much of [start, end) lies in each [bounds[k], bounds[k + 1])."""
     inside = np.clip(bounds, start, end)
     return tuple(np.diff(inside).tolist())
-
-
-def padded_length(num_tokens: int, *, cp_degree: int, unit: int) -> int:
-    """Length of a pack padded so that each of `cp_degree` slices is a multiple of `unit`; at least one unit each."""
-    block = cp_degree * unit
-    return max(1, -(-num_tokens // block)) * block

@@ -17,10 +17,11 @@ from megatron_hbp.model.context import MicroBatchContext
 from megatron_hbp.model.loss import LossRows
 from megatron_hbp.model.split import split_pack
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.exchange import AUTO
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Recompute, Tier
-from megatron_hbp.training.batch import PackSlice, padded_length, slice_of_pack
+from megatron_hbp.planning.core.exchanges import AUTO
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.slices import padded_length, unit_of
+from megatron_hbp.planning.core.tiers import Recompute, Tier
+from megatron_hbp.training.batch import PackSlice, slice_of_pack
 from megatron_hbp.training.read_ahead import ReadAhead
 from megatron_hbp.training.transfer import on_device, pinned
 
@@ -158,9 +159,8 @@ class Feed:
         tier = self.tiers[self.plan.pack_tier[index]]
         if self.full_length:
             return tier.local_tokens
-        unit = int(np.lcm(self.unit, tier.alignment)) * (2 if tier.is_zigzag else 1)
         num_tokens = int(self.plan.pack_tokens[index])
-        return padded_length(num_tokens, cp_degree=tier.cp_degree, unit=unit) // tier.cp_degree
+        return padded_length(num_tokens, cp_degree=tier.cp_degree, unit=unit_of(tier, self.unit)) // tier.cp_degree
 
     def micro_batch(self, step: int, slot: int) -> MicroBatch:
         """What this rank runs in `slot` of `step`."""
@@ -233,12 +233,10 @@ class Feed:
             ),
             num_local_tokens=int(cut.is_real.sum()),
             context=MicroBatchContext(
+                tier=replace(tier, recompute=self._recompute(step, slot, tier_index)),
                 cp_group=cp_group,
-                cp_degree=tier.cp_degree,
                 position_ids=torch.from_numpy(cut.position_ids),
                 max_seqlen=int(np.diff(cut.cu_seqlens).max()),
-                exchange=tier.exchange,
-                kernel=tier.kernel,
                 split=split_pack(
                     cut.cu_seqlens,
                     num_tokens=int(cut.sample_tokens.sum()),
@@ -253,7 +251,6 @@ class Feed:
                 sample_supervised=torch.from_numpy(cut.sample_supervised),
                 num_real_tokens=int(cut.sample_tokens.sum()),
                 num_supervised_tokens=int(cut.sample_supervised.sum()),
-                recompute=self._recompute(step, slot, tier_index),
             ),
         )
 

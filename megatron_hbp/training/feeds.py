@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.training import get_args
 
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training.agreement import check_orders, check_same_plans
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.options import HbpOptions, feed_unit

@@ -27,7 +27,7 @@ from megatron_hbp.errors import DivergedError, PlanError, everywhere
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.recompute import RecomputeSwitch
 from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
 from megatron_hbp.training.options import HbpOptions

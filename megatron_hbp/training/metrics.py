@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.training.feed import DUMMY, MicroBatch
 
 

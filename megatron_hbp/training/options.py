@@ -8,10 +8,11 @@ from typing import Any, get_args
 
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import ConfigError, PlanError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.exchange import EXCHANGES
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Kernel
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.exchanges import EXCHANGES
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Kernel
 from megatron_hbp.runtime.refusals import misuse
 
 
@@ -29,7 +30,7 @@ def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--hbp-valid-store", help="token store of the held-out samples")
     group.add_argument(
         "--hbp-exchange",
-        choices=EXCHANGES,
+        choices=tuple(EXCHANGES),
         help="what the ranks of a pack exchange in attention, for all tiers; left out, the tier's own or the cheapest",
     )
     group.add_argument(
@@ -75,7 +76,7 @@ class PlannedData:
         if store_path is None:
             raise ConfigError(f"{flag} {plan_path} needs its token store: give {flag.replace('plan', 'store')} DIR")
         plan, store = planfile.load(Path(plan_path)), TokenStore.open(Path(store_path))
-        planfile.check_data(plan, store.lengths, store.fingerprint)
+        planfile.check_data(plan, Samples.of(store.lengths, store_fingerprint=store.fingerprint))
         return PlannedData(plan=plan, store=store)
 
 

@@ -15,10 +15,12 @@ import pytest
 from megatron_hbp.data.manifest import TokenizerInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.writer import StoreWriter
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import parse_tiers
 from megatron_hbp.planning.planner import make_plan
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.request import Request
 from tests.launching import ROOT
 
 VOCABULARY = 96
@@ -45,10 +47,8 @@ def write_store(
 
 def write_plan(path: Path, store: TokenStore, *, num_ranks: int, tiers: str = TIERS, seed: int = 0) -> Plan:
     """A real plan over the whole store."""
-    plan = make_plan(
-        store.lengths, tiers=parse_tiers(tiers), num_ranks=num_ranks, step_tokens=512, seed=seed,
-        store_fingerprint=store.fingerprint,
-    )  # fmt: skip
+    samples = Samples.of(store.lengths, store_fingerprint=store.fingerprint)
+    plan = make_plan(samples, Request(tiers=parse_tiers(tiers), num_ranks=num_ranks, step_tokens=512, seed=seed))
     planfile.save(plan, path)
     return plan
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hbp.planning import profile_table
-from megatron_hbp.planning.cost_file import cost_model
-from megatron_hbp.planning.profile_table import ProfileRow, ProfileTable
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.core.tiers import parse_tiers
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.file import cost_model
+from megatron_hbp.planning.cost.profile_table import Measurement, ProfileTable
 from tests.launching import ROOT
 
 pytestmark = pytest.mark.slow  # four starts, 60 s of the twelve minutes that make test may take
@@ -42,7 +42,7 @@ class Runs:
 
     stuck: subprocess.CompletedProcess
     """Memory runs out on rank 1 at 256:cp2, rank 0 waits for it in an exchange."""
-    rows: tuple[ProfileRow, ...]
+    rows: tuple[Measurement, ...]
     """What was in the table then."""
     resumed: subprocess.CompletedProcess
     """Memory runs out on rank 1 at 256:cp1, where no rank waits for another."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
 from tests.distributed.conftest import Ended, steps_of, write_plan, write_store
 
 STOP = 4

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.core.tiers import Recompute, Tier
 from tests.equivalence.dealing import LENGTHS, dealt, degrees_of
 from tests.equivalence.factors import Case
 from tests.equivalence.models import VOCABULARY, build

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -27,13 +27,14 @@ cpu.apply()
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_hbp.model import blocks, kernels, split  # noqa: E402
-from megatron_hbp.model.attention import EXCHANGES  # noqa: E402
-from megatron_hbp.model.exchange import ring  # noqa: E402
+from megatron_hbp.model.exchange import implementation, p2p  # noqa: E402
 from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.exchange import AttentionShape, elements  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
-from megatron_hbp.training.batch import padded_length, slice_of_pack  # noqa: E402
+from megatron_hbp.planning.core.exchanges import EXCHANGES  # noqa: E402
+from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
+from megatron_hbp.planning.core.slices import padded_length  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
+from megatron_hbp.training.batch import slice_of_pack  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore  # noqa: E402
 from tests.equivalence.stepping import Stepper  # noqa: E402
@@ -77,7 +78,7 @@ def main(result_path: str) -> None:
     three, four = dist.new_group([0, 1, 2]), dist.new_group([0, 1, 2, 3])
     rank = dist.get_rank()
     groups = {2: pairs[rank // 2], 3: three if rank < 3 else None, 4: four}
-    results = {"alone": alone(groups), "idle ranks": idle_ranks(groups[4]), "bytes": received(groups)}
+    results: dict[str, Any] = {"alone": alone(groups), "idle ranks": idle_ranks(groups[4]), "bytes": received(groups)}
     results["half"] = half(groups[4])
     results["model"], results["model bytes"], results["broken model"] = model()
     results["broken"] = {}
@@ -104,7 +105,7 @@ def attend(
     exchange: str, lengths: list[int], shape: tuple[int, int, int, int], group: dist.ProcessGroup, *,
     zigzag: bool, all_shared: bool = True, dtype: torch.dtype = torch.float64,
 ) -> Attended:  # fmt: skip
-    """The exchange of one pack in `group`; without `all_shared` short samples stay at home as in training.
+    """The exchange of one pack in `group`; without `all_shared` short samples stay local as in training.
 
     Whatever the `dtype`, the yardstick works in fp64, on the same numbers.
     """
@@ -112,7 +113,7 @@ def attend(
     length = padded_length(sum(lengths), cp_degree=c, unit=1 + zigzag)
     ones = [(np.ones(n, np.int64), np.ones(n, np.int64)) for n in lengths]
     cu_seqlens = slice_of_pack(ones, padded_length=length, cp_degree=c, cp_rank=0, zigzag=zigzag).cu_seqlens
-    nobody = mock.patch.object(split, "_stay_home", lambda starts, *_: np.zeros(len(starts) - 1, bool))
+    nobody = mock.patch.object(split, "stays_local", lambda starts, *_: np.zeros(len(starts) - 1, bool))
     with nobody if all_shared else contextlib.nullcontext():
         shared = split.split_pack(
             cu_seqlens, num_tokens=sum(lengths), cp_degree=c, cp_rank=here, zigzag=zigzag, device=CPU
@@ -124,14 +125,14 @@ def attend(
     torch.manual_seed(x)
     sizes = ((h, d), (g, d), (g, dv), (h, dv))
     *whole, towards = (torch.randn(x, *size, dtype=torch.float64).to(dtype).double() for size in sizes)
-    whole = [tensor.requires_grad_() for tensor in whole]
-    expected = kernels.reference(*whole, shared.segments, scale)
+    q, k, v = whole = [tensor.requires_grad_() for tensor in whole]
+    expected = kernels.reference(q, k, v, shared.segments, scale)
     yard = [expected, *torch.autograd.grad(expected, whole, towards)]
 
     rows = torch.tensor([i for a, b in shared.ranges_of[here] for i in range(a, b)], dtype=torch.long)
-    mine = [tensor.detach()[rows].to(dtype).requires_grad_() for tensor in whole]
+    q, k, v = mine = [tensor.detach()[rows].to(dtype).requires_grad_() for tensor in whole]
     with counted(node_size=8) as forward:
-        out = EXCHANGES[exchange](*mine, shared, group)(kernels.reference, scale)
+        out = implementation(exchange).start(q, k, v, shared, group)(kernels.reference, scale)
     with counted(node_size=8) as backward:
         grads = torch.autograd.grad(out, mine, towards[rows].to(dtype))
     deviation = 0.0
@@ -180,7 +181,7 @@ def received(groups: dict[int, dist.ProcessGroup | None]) -> dict[str, list[floa
                 group = groups[c]
                 assert group is not None
                 done = attend(exchange, [96], (h, g, d, dv), group, zigzag=exchange != "a2a")
-                planned = elements(exchange, shape, c) * (96 // c) * 8  # type: ignore[arg-type]
+                planned = EXCHANGES[exchange].elements(shape, c) * (96 // c) * 8
                 bytes_of[f"{exchange} cp{c} {h}/{g} heads of {d}/{dv}"] = [
                     done.forward_bytes, planned, done.backward_bytes
                 ]  # fmt: skip
@@ -249,13 +250,13 @@ def model() -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
 def _skipped_step() -> Iterator[None]:
     """The keys of the last rank of the ring are not looked at."""
 
-    def without_last(shared: split.Shared, rank: int) -> list[ring.Block]:
+    def without_last(shared: split.Shared, rank: int) -> list[p2p.Block]:
         rows = [i for a, b in shared.ranges_of[rank] for i in range(a, b)]
         mine = [i for piece in shared.ranges for i in range(piece.start, piece.end)]
         return [] if rank == 0 and rows != mine else visible(shared, rank)
 
-    visible = ring.visible
-    with mock.patch.object(ring, "visible", without_last):
+    visible = p2p.visible
+    with mock.patch.object(p2p, "visible", without_last):
         yield
 
 
@@ -275,16 +276,16 @@ def _wrong_merge() -> Iterator[None]:
 def _wrong_owner() -> Iterator[None]:
     """Gradients of keys and values travel one rank too far."""
 
-    def too_far(returning: ring.ReturningGradients) -> torch.Tensor:
-        total = home(returning)
-        others = ring.Hop(total, returning.sizes[returning.here - 1], returning.group).wait()
+    def too_far(returning: p2p.ReturningGradients) -> torch.Tensor:
+        total = arrived(returning)
+        others = p2p.Hop(total, returning.sizes[returning.here - 1], returning.group).wait()
         shifted = torch.zeros_like(total)
         both = min(len(total), len(others))
         shifted[:both] = others[:both]
         return shifted
 
-    home: Callable[[ring.ReturningGradients], torch.Tensor] = ring.ReturningGradients.home
-    with mock.patch.object(ring.ReturningGradients, "home", too_far):
+    arrived: Callable[[p2p.ReturningGradients], torch.Tensor] = p2p.ReturningGradients.arrived
+    with mock.patch.object(p2p.ReturningGradients, "arrived", too_far):
         yield
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 
 from megatron_hbp.errors import PlanError  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.plan import Plan  # noqa: E402
-from megatron_hbp.planning.types import Tier  # noqa: E402
+from megatron_hbp.planning.core.plan import Plan  # noqa: E402
+from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training import batch, feed  # noqa: E402
 from megatron_hbp.training.agreement import check_orders, check_same_plans  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
@@ -179,7 +179,7 @@ def _dummy_in_the_loss() -> Iterator[None]:
         yield
 
 
-BREAKAGES = {
+BREAKAGES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "correct code": contextlib.nullcontext,
     "no dummy": _no_dummy,
     "dummy in the loss": _dummy_in_the_loss,

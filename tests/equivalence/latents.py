@@ -1,6 +1,6 @@
 """Runs on 4 gloo ranks: MLA's latents exchanged, against one sample at a time, in fp64 (the optimizer in fp32).
 
-The packs have shared samples and samples at home, samples of one token, and a sample of three tokens on four ranks, so
+The packs have shared samples and local samples, samples of one token, and a sample of three tokens on four ranks, so
 that one rank has none of it. Under tensor parallelism a second yardstick is the same model without it, with equal
 weights: a gradient that tensor parallelism loses is lost in one sample at a time as well.
 """
@@ -27,11 +27,12 @@ from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E40
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention  # noqa: E402
 
 from megatron_hbp.model import latents, loss, sliced  # noqa: E402
-from megatron_hbp.model.exchange import collectives, latent_ring  # noqa: E402
+from megatron_hbp.model.exchange import collectives, kv_latent, qkv_latent  # noqa: E402
 from megatron_hbp.model.mla import PackedMLASelfAttention  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.exchange import AttentionShape, Exchange, elements  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
+from megatron_hbp.planning.core.exchanges import EXCHANGES  # noqa: E402
+from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from tests.equivalence import matrix, models  # noqa: E402
 from tests.equivalence.dealing import dealt, one_by_one  # noqa: E402
 from tests.equivalence.factors import Case  # noqa: E402
@@ -49,11 +50,11 @@ TWO_RANKS: Packs = [
     (0, 0, 0, 1, [12, 1, 13, 14]), (0, 1, 0, 1, [0, 2, 9, 3]), (0, 2, 0, 1, [6]), (0, 3, 0, 0, [4, 5]),
     (0, 3, 1, 0, [7, 8]), (0, 4, 0, 1, [10, 11, 15]),
 ]  # fmt: skip
-MIXED: tuple[tuple[Exchange, Exchange], ...] = (
+MIXED: tuple[tuple[str, str], ...] = (
     ("qkv_latent", "qkv_latent"), ("kv_latent", "kv_latent"), ("qkv_latent", "p2p"), ("all_gather", "kv_latent"),
 )  # fmt: skip
 """Exchanges of CP 2 and CP 4."""
-LATENT: tuple[Exchange, Exchange] = ("qkv_latent", "kv_latent")
+LATENT: tuple[str, str] = ("qkv_latent", "kv_latent")
 ALONE = (Tier(packing_length=128),)
 NONE = Recompute()
 FULL = Recompute(granularity="full", num_layers=2)
@@ -97,7 +98,7 @@ def singles(stepper: Stepper) -> dict[str, torch.Tensor]:
     return stepper.gradients(alone(len(LENGTHS), stepper.num_ranks), ALONE)
 
 
-def packed(stepper: Stepper, *exchanges: Exchange, policy: Recompute = NONE) -> dict[str, torch.Tensor]:
+def packed(stepper: Stepper, *exchanges: str, policy: Recompute = NONE) -> dict[str, torch.Tensor]:
     """Gradients of the packs, with one exchange for each degree from 2 on."""
     tiers = [Tier(packing_length=128, recompute=policy)]
     for c, exchange in zip((2, 4), exchanges, strict=False):
@@ -120,10 +121,10 @@ def one_layout(results: dict[str, Any]) -> None:
                 results[case] = worst(mine, yard)
         for pair in MIXED:
             results[f"cp2 {pair[0]}, cp4 {pair[1]}"] = worst(packed(stepper, *pair), yard)
-        with mock.patch.object(latents, "sliced_linear", ordinary_at_home):
+        with mock.patch.object(latents, "sliced_linear", ordinary_layer):
             for name in ("none", "mla_up_proj"):
                 mine = packed(stepper, *LATENT, policy=POLICIES[name])
-                results[f"home samples through an ordinary layer recompute={name}"] = worst(mine, yard)
+                results[f"local samples through an ordinary layer recompute={name}"] = worst(mine, yard)
         for name, (exchange, breakage) in BREAKAGES.items():
             with breakage():
                 results[f"broken: {name}"] = worst(packed(stepper, exchange, exchange), yard)
@@ -136,7 +137,7 @@ def one_layout(results: dict[str, Any]) -> None:
         results[f"q_lora_rank=None cp2 {LATENT[0]}, cp4 {LATENT[1]} recompute=mla_up_proj"] = worst(mine, yard)
 
 
-def ordinary_at_home(x: torch.Tensor, weight: torch.Tensor, rows: slice, owner: torch.Tensor) -> torch.Tensor:
+def ordinary_layer(x: torch.Tensor, weight: torch.Tensor, rows: slice, owner: torch.Tensor) -> torch.Tensor:
     """All rows in the ordinary way: autograd adds this gradient to what the slices return, before DDP's hook."""
     if rows.stop - rows.start == len(weight):
         return torch.nn.functional.linear(x, weight)
@@ -208,7 +209,7 @@ def distributed_optimizer(results: dict[str, Any]) -> None:
 
     get_megatron_optimizer = matrix.get_megatron_optimizer
     case = Case(model="moe", ranks=4, cp="mixed", optimizer="distributed")
-    exchanges: dict[int, Exchange] = {1: "a2a", 2: "qkv_latent", 4: "kv_latent"}
+    exchanges: dict[int, str] = {1: "a2a", 2: "qkv_latent", 4: "kv_latent"}
     tiers = [
         replace(tier, exchange=exchanges[tier.cp_degree], recompute=UP if tier.cp_degree == 2 else NONE)
         for tier in matrix.tiers_of(case)
@@ -265,7 +266,7 @@ def hook_calls(stepper: Stepper, results: dict[str, Any], case: str) -> Iterator
     results[case] = [min(calls.values()), max(calls.values())]
 
 
-def received(stepper: Stepper, exchange: Exchange, cp_degree: int) -> list[float]:
+def received(stepper: Stepper, exchange: str, cp_degree: int) -> list[float]:
     """[bytes that this rank receives in a layer's forward of a pack of one sample, what planning says]."""
     seen: list[int] = []
 
@@ -287,7 +288,7 @@ def received(stepper: Stepper, exchange: Exchange, cp_degree: int) -> list[float
         kv_latent=c.kv_lora_rank, rope_width=c.qk_pos_emb_head_dim,
     )  # fmt: skip
     assert len(seen) == c.num_layers or not seen, seen
-    return [max(seen, default=0), elements(exchange, shape, cp_degree) * (64 // cp_degree) * 8]
+    return [max(seen, default=0), EXCHANGES[exchange].elements(shape, cp_degree) * (64 // cp_degree) * 8]
 
 
 # ------------------------------------------------------------ broken on purpose: each must show in the gradients
@@ -300,14 +301,14 @@ def _local_positions() -> Iterator[None]:
     def local(shared: Any) -> torch.Tensor:
         return torch.cat([torch.arange(n) for n in shared.counts])
 
-    with mock.patch.object(latents, "query_positions", local):
+    with mock.patch.object(qkv_latent, "query_positions", local):
         yield
 
 
 @contextlib.contextmanager
 def _other_heads() -> Iterator[None]:
     """Every rank up-projects the heads of rank 0."""
-    with mock.patch.object(latents, "own_heads", lambda num_heads, cp_rank: range(num_heads)):
+    with mock.patch.object(qkv_latent, "own_heads", lambda num_heads, cp_rank: range(num_heads)):
         yield
 
 
@@ -331,12 +332,12 @@ def _step_left_out() -> Iterator[None]:
         before = (shared.ranges_of.index(tuple((r.start, r.end) for r in shared.ranges)) - 1) % len(shared.counts)
         return () if rank == before else visible(shared, rank)
 
-    visible = latent_ring.visible
-    with mock.patch.object(latent_ring, "visible", blind):
+    visible = kv_latent.visible
+    with mock.patch.object(kv_latent, "visible", blind):
         yield
 
 
-BREAKAGES: dict[str, tuple[Exchange, Any]] = {
+BREAKAGES: dict[str, tuple[str, Any]] = {
     "local positions of gathered queries": ("qkv_latent", _local_positions),
     "heads of another rank": ("qkv_latent", _other_heads),
     "gradient of a slice in the wrong rows": ("qkv_latent", _wrong_rows),

@@ -31,7 +31,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import forward  # noqa: E402
 from tests.equivalence import balance  # noqa: E402
 from tests.equivalence.dealing import LENGTHS, NUM_STEPS, dealt, degrees_of, one_by_one  # noqa: E402

@@ -51,7 +51,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 from megatron_hbp.model.router import PackedRouter  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
-from megatron_hbp.planning.types import Tier  # noqa: E402
+from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training import feed, forward  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
@@ -60,7 +60,7 @@ STEPS, SUPERVISED = 10, 128
 WORDS = 12
 """Only these appear in the samples: something to learn in ten steps."""
 LENGTHS = [1, 40, 17, 23, 5, 60, 33, 9]
-ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAM: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 TIERS = (Tier(packing_length=128), Tier(packing_length=256, cp_degree=2), Tier(packing_length=256, cp_degree=4))
 # name -> (slot, rank0, tier, samples of the step)
 PACKS = {

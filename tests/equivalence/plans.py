@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hbp.planning.plan import DataFingerprint, Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import DataFingerprint, Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class MemoryStore:
 
     @staticmethod
     def random(lengths: Sequence[int], *, vocabulary: int, seed: int = 0) -> "MemoryStore":
-        """One sample a length; about two thirds of the tokens are to be predicted."""
+        """One sample per length; about two thirds of the tokens are to be predicted."""
         rng = np.random.default_rng(seed)
         return MemoryStore(
             samples=[
@@ -64,8 +65,8 @@ def plan_of(
         schedule="lockstep",
         seed=0,
         step_tokens=0,
-        cost_model="none",
-        data=DataFingerprint.of(lengths),
+        cost={},
+        data=DataFingerprint.of(Samples.of(lengths)),
     )
     plan.check()
     return plan

@@ -28,7 +28,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
 from megatron_hbp.model import context, recompute, router  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import batch, feed  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402

@@ -22,7 +22,7 @@ def test_latents_equal_one_sample_at_a_time(figures, case):
     assert figures[case] < EXACT
 
 
-@pytest.mark.parametrize("start", ["cp2 ", "ep2", "q_lora_rank=None", "tp2 qkv", "tp2 kv", "home samples"])
+@pytest.mark.parametrize("start", ["cp2 ", "ep2", "q_lora_rank=None", "tp2 qkv", "tp2 kv", "local samples"])
 def test_mixed_exchanges_and_layouts(figures, start):
     found = {case: error for case, error in figures.items() if case.startswith(start)}
     assert found and max(found.values()) < EXACT, found

@@ -27,7 +27,7 @@ cpu.apply()
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import forward, metrics  # noqa: E402
 from tests.blame import caller  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
@@ -93,7 +93,7 @@ TIERS = (
     Tier(packing_length=64, cp_degree=2, recompute=Recompute(granularity="full", num_layers=1)),
     Tier(packing_length=128, cp_degree=2, recompute=Recompute(granularity="selective", modules=("core_attn",))),
 )
-# each step: CP 1 beside CP 1, then CP 2 with samples at home and shared, then CP 2
+# each step: CP 1 beside CP 1, then CP 2 with local samples and shared, then CP 2
 PACKS = [
     (step, slot, *pack)
     for step in range(3)

@@ -27,17 +27,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 
 from megatron_hbp.model import context as micro_batch_context  # noqa: E402
 from megatron_hbp.model import loss  # noqa: E402
-from megatron_hbp.model.exchange import heads  # noqa: E402
+from megatron_hbp.model.exchange import a2a  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
 from megatron_hbp.model.split import split_pack  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
-from megatron_hbp.planning.types import Recompute, Tier  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import batch, feed, forward  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
 
 LENGTHS = [17, 5, 1, 40, 23, 2, 31, 9, 60, 33, 3, 12, 90, 70, 11, 8, 25, 150, 14]
-TIERS = {
+TIERS: dict[str, tuple[Tier, ...]] = {
     "none": (Tier(packing_length=64), Tier(packing_length=128, cp_degree=2), Tier(packing_length=256, cp_degree=4)),
 }
 TIERS["mixed"] = tuple(
@@ -122,12 +122,11 @@ def yardstick(kind: str) -> dict[str, torch.Tensor]:
             logits = chunks[0](inputs, positions, causal)
         else:
             alone = micro_batch_context.MicroBatchContext(
-                cp_group=None, cp_degree=1, position_ids=positions[0], max_seqlen=n,
-                exchange="a2a", kernel="auto",
+                tier=Tier(packing_length=n, exchange="a2a"), cp_group=None, position_ids=positions[0], max_seqlen=n,
                 split=split_pack(
                     np.array([0, n]), num_tokens=n, cp_degree=1, cp_rank=0, zigzag=False, device=inputs.device
                 ),
-                recompute=Recompute(), is_real=torch.ones(n, dtype=torch.bool),
+                is_real=torch.ones(n, dtype=torch.bool),
                 sample_index=torch.zeros(n, dtype=torch.long), sample_tokens=torch.tensor([n]),
                 sample_supervised=torch.tensor([int(mask[1:].sum())]), num_real_tokens=n,
                 num_supervised_tokens=int(mask[1:].sum()),
@@ -199,8 +198,8 @@ def _wrong_head_order() -> Iterator[None]:
         s, h, d = back.shape
         return back.reshape(s, c, h // c, d).flip(1).reshape(s, h, d)
 
-    exchange_back = heads.heads_to_sequence
-    with mock.patch.object(heads, "heads_to_sequence", reverse):
+    exchange_back = a2a.heads_to_sequence
+    with mock.patch.object(a2a, "heads_to_sequence", reverse):
         yield
 
 

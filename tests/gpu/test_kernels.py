@@ -52,10 +52,10 @@ def inputs(shape: str, lengths: str, *, more_keys: int = 0):
     return (q, k, v), Segments.of(q_starts.tolist(), k_starts.tolist(), device=device), width**-0.5, towards
 
 
-def results(name: str, tensors, segments, scale, towards, dtype=torch.bfloat16) -> list[torch.Tensor]:
+def results(name: str, tensors, segments, scale, towards, *, dtype=torch.bfloat16) -> list[torch.Tensor]:
     """Output and gradients of q, k, v in fp64."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-    out = kernels.KERNELS[name](*leaves, segments, scale)
+    leaves = q, k, v = tuple(x.detach().to(dtype).requires_grad_() for x in tensors)
+    out = kernels.KERNELS[name](q, k, v, segments, scale)
     return [x.double() for x in (out, *torch.autograd.grad(out, leaves, towards.to(dtype)))]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.core.tiers import Recompute, Tier
 from tests.blame import caller
 from tests.equivalence.plans import MemoryStore, plan_of
 

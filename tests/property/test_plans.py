@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from strategies import planning_cases
 
 from megatron_hbp.planning import make_plan
-from megatron_hbp.planning.cost import PRESETS
-from megatron_hbp.planning.metrics import plan_metrics
+from megatron_hbp.planning.cost.model import PRESETS
+from megatron_hbp.planning.measure.metrics import plan_metrics
 
 COST = PRESETS["llama3.1-8b-h100"]
 assert_close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)

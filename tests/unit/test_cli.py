@@ -1,4 +1,4 @@
-"""Whatever is typed ends in one line and an exit code."""
+"""Every mistake on the command line ends in one line and an exit code."""
 
 import sys
 
@@ -15,6 +15,7 @@ from megatron_hbp import cli
         (["plan", "--seed", "-1"], "--seed"),
         (["plan", "compare", "--max-samples", "0"], "--max-samples"),
         (["simulate", "PLAN"], "--nodes"),
+        (["store", "verify"], "STORE"),
         (["frobnicate"], "No such command"),
         (["profile", "--nproc-per-node", "0"], "a number of ranks"),
         (["plan", "show", "no.plan"], "cannot be read"),
@@ -24,15 +25,18 @@ def test_mistakes_end_in_one_line_and_78(monkeypatch, capsys, arguments, says):
     monkeypatch.setattr(sys, "argv", ["hbp", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert ended.value.code == 78
-    assert told.startswith("hbp: ") and says in told and told.count("\n") == 1
+    assert message.startswith("hbp: ") and says in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments, code", [([], 78), (["--help"], 0), (["plan", "--help"], 0)])
-def test_help_is_help(monkeypatch, capsys, arguments, code):
+@pytest.mark.parametrize(
+    "arguments, code", [([], 78), (["plan"], 78), (["store"], 78), (["--help"], 0), (["plan", "--help"], 0)]
+)
+def test_help_is_help_and_nothing_else(monkeypatch, capsys, arguments, code):
     monkeypatch.setattr(sys, "argv", ["hbp", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert (ended.value.code or 0) == code
-    assert "Usage" in "".join(capsys.readouterr())
+    printed = capsys.readouterr()
+    assert "Usage" in printed.out and printed.err == ""

@@ -1,33 +1,37 @@
-"""What all peers share: their signature, random global batches, tiers of every CP degree, and writing a Plan.
+"""What all peers share: random global batches, tiers of every CP degree, and writing a Plan.
 
-    peer(lengths, *, num_ranks, step_tokens, unit, cost, seed) -> Plan
-
-`unit` is the number of tokens that one rank holds; a gang of c ranks holds unit * c.
+A peer is called as every planner is, `peer(samples, request) -> Plan`. A rank holds `unit` tokens, as many as a rank of
+the request's shortest tier; a gang of c ranks holds unit * c.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from megatron_hbp.errors import DataError
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.plan import DataFingerprint, Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import DataFingerprint, Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.file import to_json
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.request import Request, Schedule
 
 UNIT = 16384
-"""Tokens that one rank holds, as in the paper's setting."""
+"""Tokens that one rank holds in the paper's setting."""
 
 
-class Peer(Protocol):
-    """The one signature. Raises DataError where a sample does not fit the ranks together."""
+def unit_of(request: Request) -> int:
+    """Tokens that one rank holds."""
+    return request.tiers[0].local_tokens
 
-    def __call__(
-        self, lengths: np.ndarray, *, num_ranks: int, step_tokens: int, unit: int, cost: CostModel, seed: int
-    ) -> Plan:
-        """Plan one epoch over samples of `lengths` int [n] tokens."""
-        ...
+
+def cost_of(request: Request) -> CostModel:
+    """The request's cost model; where it knows no memory, peers recompute as many layers as the shortest tier."""
+    if request.cost.recompute_layers:
+        return request.cost
+    shortest = request.tiers[0]
+    return replace(request.cost, recompute_layers=((shortest.local_tokens, shortest.recompute.num_layers),))
 
 
 def random_steps(lengths: np.ndarray, step_tokens: int, seed: int) -> list[np.ndarray]:
@@ -65,22 +69,21 @@ def static_degree(lengths: np.ndarray, unit: int, num_ranks: int) -> int:
         degree *= 2
     if degree > num_ranks:
         raise DataError(
-            f"no CP degree divides {num_ranks} ranks and holds {int(lengths.max())} tokens at {unit} a rank"
+            f"no CP degree divides {num_ranks} ranks and holds {int(lengths.max())} tokens at {unit} per rank"
         )
     return degree
 
 
 def tier_of_degree(degree: int, unit: int, cost: CostModel) -> Tier:
-    """The tier of one CP degree: `unit` tokens a rank, with as much recompute as `cost` says they need."""
+    """The tier of one CP degree: `unit` tokens per rank, with as much recompute as `cost` says they need."""
     return cost.with_recompute(Tier(packing_length=unit * degree, cp_degree=degree))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PlanWriter:
     """Collects packs one by one and makes them a Plan."""
 
-    num_ranks: int
-    unit: int
+    request: Request
     degrees: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
@@ -102,31 +105,26 @@ class PlanWriter:
             self.add(step=step, slot=slot, rank0=rank0, degree=degree, ids=ids)
             rank0 += degree
 
-    def plan(self, lengths: np.ndarray, *, schedule: str, step_tokens: int, cost: CostModel, seed: int) -> Plan:
-        """The Plan of everything added, packs sorted by (step, slot, rank0), checked."""
-        columns = {name: np.array(getattr(self, name), np.int32) for name in ("steps", "slots", "ranks", "degrees")}
-        order = np.lexsort((columns["ranks"], columns["slots"], columns["steps"]))
-        used = np.unique(columns["degrees"])
-        ids = np.concatenate([self.samples[pack] for pack in order])
-        sizes = np.array([len(self.samples[pack]) for pack in order])
-        num_micro_batches = np.zeros(int(columns["steps"].max()) + 1, np.int32)
-        np.maximum.at(num_micro_batches, columns["steps"], columns["slots"] + 1)
-        plan = Plan(
-            tiers=tuple(tier_of_degree(int(degree), self.unit, cost) for degree in used),
+    def plan(self, samples: Samples, *, schedule: Schedule, tiers: Sequence[Tier] = ()) -> Plan:
+        """The Plan of everything added, checked; `tiers` replaces the tiers of the degrees used."""
+        request, cost = self.request, cost_of(self.request)
+        used, pack_tier = np.unique(self.degrees, return_inverse=True)
+        ids = np.concatenate(self.samples)
+        plan = Plan.build(
+            tiers=tuple(tiers) or tuple(tier_of_degree(int(degree), unit_of(request), cost) for degree in used),
             sample_ids=ids,
-            lengths=lengths[ids].astype(np.int32),
-            pack_offsets=np.concatenate([[0], np.cumsum(sizes)]),
-            pack_tier=np.searchsorted(used, columns["degrees"][order]).astype(np.int32),
-            pack_step=columns["steps"][order],
-            pack_slot=columns["slots"][order],
-            pack_rank0=columns["ranks"][order],
-            num_micro_batches=num_micro_batches,
-            num_ranks=self.num_ranks,
+            lengths=samples.lengths[ids],
+            pack_of=np.repeat(np.arange(len(self.samples)), [len(part) for part in self.samples]),
+            pack_tier=pack_tier,
+            step=np.array(self.steps),
+            slot=np.array(self.slots),
+            rank0=np.array(self.ranks),
+            num_ranks=request.num_ranks,
             schedule=schedule,
-            seed=seed,
-            step_tokens=step_tokens,
-            cost_model=cost.name,
-            data=DataFingerprint.of(lengths),
+            seed=request.seed,
+            step_tokens=request.step_tokens,
+            cost=to_json(cost),
+            data=DataFingerprint.of(samples),
         )
         plan.check()
         return plan

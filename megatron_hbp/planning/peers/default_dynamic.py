@@ -6,7 +6,7 @@ Source: the description of the packing-aware scheduler on the dev branch (August
 2. A micro-batch is opened by its longest sample. Each further sample joins a gang, or opens one on free ranks, of any
    degree from its least up, wherever the costliest rank of the micro-batch (sum of s^2 / CP) stays lowest; ties go to
    the smaller degree, then to the older gang, then to a new one.
-3. A gang holds at most `unit` tokens a rank, and no rank may cost over 1.05 * longest * unit.
+3. A gang holds at most `unit` tokens per rank, and no rank may cost over 1.05 * longest * unit.
 4. What finds no place opens the next micro-batch.
 5. Ranks left empty are filled by doubling the CP degree of a smallest gang, again and again; where that cannot fill
    them, the micro-batch is redone with everything that fits in one gang of all ranks.
@@ -21,9 +21,10 @@ micro-batch counts for interleaved pipelines.
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.peers.common import UNIT, PlanWriter, least_degree, random_steps
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.peers.common import PlanWriter, least_degree, random_steps, unit_of
+from megatron_hbp.planning.request import Request
 
 CAP_SLACK = 1.05
 """A rank's cost may exceed longest * unit by this factor."""
@@ -48,22 +49,22 @@ class Gang:
         self.squares += length * length / self.degree
 
 
-def default_dynamic(
-    lengths: np.ndarray, *, num_ranks: int, step_tokens: int, unit: int = UNIT, cost: CostModel, seed: int = 0
-) -> Plan:
+def default_dynamic(samples: Samples, request: Request) -> Plan:
     """Plan random steps one after the other, micro-batch by micro-batch. See the head of this module."""
+    lengths, num_ranks, unit = samples.lengths, request.num_ranks, unit_of(request)
     least = least_degree(lengths, unit, num_ranks)
-    writer = PlanWriter(num_ranks, unit)
-    for step, ids in enumerate(random_steps(lengths, step_tokens, seed)):
+    widest = min(num_ranks, request.cost.model.attention.num_query_heads)
+    writer = PlanWriter(request=request)
+    for step, ids in enumerate(random_steps(lengths, request.step_tokens, request.seed)):
         rest = ids[np.argsort(-lengths[ids], kind="stable")]
         slot = 0
         while len(rest):
             sizes, needs = lengths[rest].tolist(), least[rest].tolist()
-            gangs, left = micro_batch(sizes, needs, num_ranks, unit, min(num_ranks, cost.max_cp_degree))
+            gangs, left = micro_batch(sizes, needs, num_ranks, unit, widest)
             writer.add_side_by_side(step=step, slot=slot, gangs=[(g.degree, rest[g.ids]) for g in gangs])
             rest = rest[left]
             slot += 1
-    return writer.plan(lengths, schedule="lockstep", step_tokens=step_tokens, cost=cost, seed=seed)
+    return writer.plan(samples, schedule="lockstep")
 
 
 def micro_batch(
@@ -93,7 +94,7 @@ def micro_batch(
             free -= degree
         best.take(sample, length)
         peak = max(peak, best.squares)
-        if best.local_tokens + shortest / best.degree > unit:  # nothing fits any more: spare later samples the look
+        if best.local_tokens + shortest / best.degree > unit:  # nothing fits any more: later samples need not look
             by_degree[best.degree].remove(best)
     if free and not _fill_free_ranks(gangs, free, widest) and widest == num_ranks:
         return _one_gang(sizes, num_ranks, unit)

@@ -23,31 +23,38 @@ import heapq
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.peers.common import UNIT, PlanWriter, random_steps, static_degree, tier_of_degree
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.peers.common import (
+    PlanWriter,
+    cost_of,
+    random_steps,
+    static_degree,
+    tier_of_degree,
+    unit_of,
+)
+from megatron_hbp.planning.request import Request
 
 MicroBatch = tuple[list[int], list[list[int]]]
 """Samples distributed over the gang, and samples local to each of its ranks."""
 
 
-def skrull(
-    lengths: np.ndarray, *, num_ranks: int, step_tokens: int, unit: int = UNIT, cost: CostModel, seed: int = 0
-) -> Plan:
+def skrull(samples: Samples, request: Request) -> Plan:
     """Schedule every random step by GDS and DACP. See the head of this module."""
-    degree = static_degree(lengths, unit, num_ranks)
-    num_gangs = num_ranks // degree
+    lengths, unit, cost = samples.lengths, unit_of(request), cost_of(request)
+    degree = static_degree(lengths, unit, request.num_ranks)
+    num_gangs = request.num_ranks // degree
     rank_cost = cost.tier_cost(tier_of_degree(1, unit, cost))
     flops = rank_cost.per_token * lengths + rank_cost.per_square * lengths.astype(float) ** 2
-    writer = PlanWriter(num_ranks, unit)
-    for step, ids in enumerate(random_steps(lengths, step_tokens, seed)):
+    writer = PlanWriter(request=request)
+    for step, ids in enumerate(random_steps(lengths, request.step_tokens, request.seed)):
         ordered = ids[np.argsort(-lengths[ids], kind="stable")]
         shares = deal_by_cost(ordered, flops, num_gangs)
         for gang, share in enumerate(shares):
             slot = 0
             for distributed, local in cut_share(share, lengths, flops, degree, unit):
                 slot = _write(writer, step, slot, gang * degree, distributed, local)
-    return writer.plan(lengths, schedule="gang", step_tokens=step_tokens, cost=cost, seed=seed)
+    return writer.plan(samples, schedule="gang")
 
 
 def joined_packs(plan: Plan) -> np.ndarray:

@@ -7,47 +7,37 @@ recompute). Packs are ISF's in random order; the fastest setting by modelled epo
 shuffled samples, and the better of the two packings wins. Every slot is a barrier: "lockstep".
 
 The widest gang often wins under a cost model without a latency per hop: one pack over all ranks idles nobody. Degrees
-end at the cost model's `max_cp_degree` (the heads), or earlier at `max_degree`.
+end at the heads, or earlier at `max_degree`.
 
 Simplified: best fit is tried on the best setting only; recompute is what the cost model says is needed.
 """
 
-from functools import partial
-
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.packing import best_fit_shuffled, isf
-from megatron_hbp.planning.peers.common import UNIT, PlanWriter, static_degree
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.packing.methods import best_fit_shuffled, isf
+from megatron_hbp.planning.peers.common import PlanWriter, cost_of, static_degree, unit_of
+from megatron_hbp.planning.request import Request
 
 LEAST_SHARE = 8
 """A rank holds at least unit / LEAST_SHARE tokens: below that kernels are too small for the rates of the model."""
 
 
-def static_cp(
-    lengths: np.ndarray,
-    *,
-    num_ranks: int,
-    step_tokens: int,
-    unit: int = UNIT,
-    cost: CostModel,
-    seed: int = 0,
-    max_degree: int | None = None,
-) -> Plan:
+def static_cp(samples: Samples, request: Request, *, max_degree: int | None = None) -> Plan:
     """The fastest single setting, by modelled epoch seconds. Raises DataError where nothing fits."""
-    plan_of = partial(packed_plan, lengths, num_ranks=num_ranks, step_tokens=step_tokens, cost=cost, seed=seed)
+    lengths, num_ranks, unit, cost = samples.lengths, request.num_ranks, unit_of(request), cost_of(request)
     best: tuple[float, Tier, Plan] | None = None
     length = unit * static_degree(lengths, unit, num_ranks)
-    widest = max(min(max_degree or cost.max_cp_degree, num_ranks), length // unit)
+    widest = max(min(max_degree or cost.model.attention.num_query_heads, num_ranks), length // unit)
     while length <= unit * widest:
-        pack_of = isf(lengths, length, np.random.default_rng(seed))
+        pack_of = isf(lengths, length, np.random.default_rng(request.seed))
         degree = length // unit
         while degree <= widest and num_ranks % degree == 0 and length // degree >= unit // LEAST_SHARE:
             tier = cost.with_recompute(Tier(packing_length=length, cp_degree=degree))
-            plan = plan_of(pack_of, tier)
+            plan = packed_plan(samples, pack_of, tier, request)
             seconds = plan_metrics(plan, cost).epoch_seconds
             if best is None or seconds < best[0]:
                 best = seconds, tier, plan
@@ -55,29 +45,20 @@ def static_cp(
         length *= 2
     assert best is not None, "static_degree divides the ranks"
     seconds, tier, plan = best
-    pack_of = best_fit_shuffled(lengths, tier.packing_length, np.random.default_rng(seed))
-    other = plan_of(pack_of, tier)
+    pack_of = best_fit_shuffled(lengths, tier.packing_length, np.random.default_rng(request.seed))
+    other = packed_plan(samples, pack_of, tier, request)
     return other if plan_metrics(other, cost).epoch_seconds < seconds else plan
 
 
-def packed_plan(
-    lengths: np.ndarray,
-    pack_of: np.ndarray,
-    tier: Tier,
-    *,
-    num_ranks: int,
-    step_tokens: int,
-    cost: CostModel,
-    seed: int,
-) -> Plan:
+def packed_plan(samples: Samples, pack_of: np.ndarray, tier: Tier, request: Request) -> Plan:
     """Packs of one tier in random order, side by side and one slot after the other: a lockstep Plan."""
     num_packs = int(pack_of.max()) + 1
-    place = np.random.default_rng([seed, 1]).permutation(num_packs)[pack_of]
+    place = np.random.default_rng([request.seed, 1]).permutation(num_packs)[pack_of]
     by_pack = np.argsort(place, kind="stable")
-    gangs = num_ranks // tier.cp_degree
-    slots_a_step = max(1, round(step_tokens / (gangs * tier.packing_length)))
-    writer = PlanWriter(num_ranks, tier.local_tokens)
+    gangs = request.num_ranks // tier.cp_degree
+    slots_per_step = max(1, round(request.step_tokens / (gangs * tier.packing_length)))
+    writer = PlanWriter(request=request)
     for index, ids in enumerate(np.split(by_pack, np.cumsum(np.bincount(place))[:-1])):
-        (step, slot), gang = divmod(index // gangs, slots_a_step), index % gangs
+        (step, slot), gang = divmod(index // gangs, slots_per_step), index % gangs
         writer.add(step=step, slot=slot, rank0=gang * tier.cp_degree, degree=tier.cp_degree, ids=ids)
-    return writer.plan(lengths, schedule="lockstep", step_tokens=step_tokens, cost=cost, seed=seed)
+    return writer.plan(samples, schedule="lockstep", tiers=(tier,))

@@ -16,31 +16,31 @@ limit), one more micro-batch is used, so that plans are valid. Batches need not 
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.peers.common import UNIT, PlanWriter, random_steps, static_degree
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.peers.common import PlanWriter, random_steps, static_degree, unit_of
 from megatron_hbp.planning.peers.differencing import karmarkar_karp
-from megatron_hbp.planning.plan import Plan
+from megatron_hbp.planning.request import Request
 
 LINEAR = 24576.0
 """Weight of a token against a squared token: 6 * 4096."""
 
 
-def verl_kk(
-    lengths: np.ndarray, *, num_ranks: int, step_tokens: int, unit: int = UNIT, cost: CostModel, seed: int = 0
-) -> Plan:
+def verl_kk(samples: Samples, request: Request) -> Plan:
     """Balance every random step over static gangs, then within each gang. See the head of this module."""
-    degree = static_degree(lengths, unit, num_ranks)
-    num_gangs, capacity = num_ranks // degree, unit * degree
+    lengths, unit = samples.lengths, unit_of(request)
+    degree = static_degree(lengths, unit, request.num_ranks)
+    num_gangs, capacity = request.num_ranks // degree, unit * degree
     work = LINEAR * lengths + lengths.astype(float) ** 2
-    writer = PlanWriter(num_ranks, unit)
-    for step, ids in enumerate(random_steps(lengths, step_tokens, seed)):
+    writer = PlanWriter(request=request)
+    for step, ids in enumerate(random_steps(lengths, request.step_tokens, request.seed)):
         gang_of = karmarkar_karp(work[ids], num_gangs, equal_counts=True)
         shares = [ids[gang_of == gang] for gang in range(num_gangs)]
         micro_batches = split_shares(shares, work, lengths, capacity)
         for gang, parts in enumerate(micro_batches):
             for slot, part in enumerate(parts):
                 writer.add(step=step, slot=slot, rank0=gang * degree, degree=degree, ids=part)
-    return writer.plan(lengths, schedule="lockstep", step_tokens=step_tokens, cost=cost, seed=seed)
+    return writer.plan(samples, schedule="lockstep")
 
 
 def split_shares(

@@ -1,4 +1,4 @@
-"""A real tokenizer, trained here, and `hbp` run as a user runs it."""
+"""A real tokenizer, trained here, and `hbp` called as a user calls it."""
 
 import json
 import sys
@@ -47,8 +47,8 @@ def tokenizer(tokenizer_folder: Path) -> ChatTokenizer:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a run of `hbp` ended."""
+class Result:
+    """Exit code and output of one run of `hbp`."""
 
     code: int
     out: str
@@ -56,16 +56,16 @@ class Ended:
 
 
 @pytest.fixture
-def hbp(monkeypatch, capsys) -> Callable[..., Ended]:
-    """Call `megatron_hbp.cli.main` with arguments: exit code, stdout, stderr."""
+def hbp(monkeypatch, capsys) -> Callable[..., Result]:
+    """Call `megatron_hbp.cli.main` with arguments."""
     from megatron_hbp import cli
 
-    def run(*arguments: object) -> Ended:
+    def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["hbp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_:
             cli.main()
         captured = capsys.readouterr()
-        return Ended(code=int(ended.value.code or 0), out=captured.out, err=captured.err)
+        return Result(code=int(exit_.value.code or 0), out=captured.out, err=captured.err)
 
     return run
 
@@ -78,7 +78,7 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 def line(*contents: str, system: str | None = None) -> bytes:
-    """One good line of a chat file."""
+    """One valid line of a chat file."""
     return json.dumps({"messages": turns(*contents, system=system)}, ensure_ascii=False).encode() + b"\n"
 
 

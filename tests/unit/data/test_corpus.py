@@ -1,4 +1,4 @@
-"""The demo's corpus: real text, honest labels, splits that share nothing, the same bytes for the same seed."""
+"""The demo's corpus: real text, named sources, disjoint splits, the same bytes for the same seed."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_summary_is_what_prepare_finds(built, tmp_path):
+def test_summary_matches_the_prepared_stores(built, tmp_path):
     _, summary = built
     tokenizer = ChatTokenizer.load(str(summary.tokenizer))
     assert tokenizer.info.vocab_size == summary.vocab_size == 1024
@@ -39,7 +39,7 @@ def test_summary_is_what_prepare_finds(built, tmp_path):
     assert summary.train.num_documents_cut > 0
 
 
-def test_splits_share_nothing_and_every_sample_names_its_origin(built):
+def test_splits_are_disjoint_and_every_sample_names_its_origin(built):
     folder, _ = built
     train, heldout = (records(folder / f"{split}.jsonl") for split in ("train", "heldout"))
     for field in ("origin", "messages"):
@@ -48,7 +48,7 @@ def test_splits_share_nothing_and_every_sample_names_its_origin(built):
         assert record["origin"].startswith(("chitchat-dataset ", "derived from CPython 3."))
 
 
-def test_roles_alternate_and_end_with_the_assistant(built):
+def test_roles_alternate_and_the_assistant_speaks_last(built):
     folder, _ = built
     for record in records(folder / "train.jsonl"):
         roles = [message["role"] for message in record["messages"]]
@@ -68,7 +68,7 @@ def test_documents_are_whole_lines_of_the_standard_library(built):
             assert not {"test", "site-packages"} & set(Path(name).parts)
 
 
-def test_same_seed_same_bytes_other_seed_other_text(built, tmp_path):
+def test_the_seed_alone_decides_the_text(built, tmp_path):
     folder, _ = built
     for seed in (3, 4):
         build_corpus(tmp_path / str(seed), seed=seed, vocab_size=1024, max_sample_tokens=4096, **SIZES)
@@ -78,6 +78,6 @@ def test_same_seed_same_bytes_other_seed_other_text(built, tmp_path):
     assert (folder / files[0]).read_bytes() != (tmp_path / "4" / files[0]).read_bytes()
 
 
-def test_more_text_than_there_is(tmp_path):
-    with pytest.raises(ConfigError, match="ask for less"):
+def test_a_request_for_more_text_than_exists(tmp_path):
+    with pytest.raises(ConfigError, match="request less"):
         build_corpus(tmp_path, train=CorpusSize(conversations=10**9, documents=1_000), heldout=SIZES["heldout"])

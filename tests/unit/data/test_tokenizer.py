@@ -1,5 +1,6 @@
 """The loss mask, token by token."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hbp.data.chats import BadChat, Chat, Fault
+from megatron_hbp.data.chats import BadChat, Chat, Fault, Record
 from megatron_hbp.data.tokenizer import ChatTokenizer, Sample
 from megatron_hbp.errors import ConfigError
 from tests.unit.data.conftest import turns
 
 
-def encode(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> Sample:
+def encode(tokenizer: ChatTokenizer, messages: Sequence[Record]) -> Sample:
     return next(tokenizer.encode([tokenizer.render(Chat(where="here:1", messages=messages))]))
 
 
@@ -25,7 +26,7 @@ def pieces(tokenizer: ChatTokenizer, *texts: str) -> list[list[int]]:
     return [tokenizer.backend(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def test_tokens_and_mask_of_a_chat_written_out_by_hand(tokenizer):
+def test_tokens_and_mask_of_a_chat_match_those_worked_out_by_hand(tokenizer):
     sample = encode(tokenizer, turns("Hello", "Paris.", "Thank you", "bye!", system="Be brief."))
     end, begin, system, user, assistant = tokenizer.backend.convert_tokens_to_ids(
         ["<|end|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -63,7 +64,7 @@ def test_an_emoji_before_the_end_of_the_generated_text_keeps_all_its_tokens(toke
 
 
 def test_tool_turns_and_calls_carry_no_loss(tokenizer):
-    messages = [
+    messages: list[Record] = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Paris."},
         {"role": "tool", "content": "France", "tool_call_id": None},
@@ -72,8 +73,8 @@ def test_tool_turns_and_calls_carry_no_loss(tokenizer):
     assert masked_text(tokenizer, encode(tokenizer, messages)) == "Paris.<|end|>bye!<|end|>"
 
 
-def test_a_token_across_the_border_of_the_generated_text_is_a_target(tokenizer):
-    """As in transformers: the model writes the whole token."""
+def test_a_token_that_is_generated_in_part_is_a_target(tokenizer):
+    """As in transformers: the model generates the whole token."""
     joined = "{% for m in messages %}of Fran{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     sample = encode(replace(tokenizer, template=joined), [{"role": "assistant", "content": "ce"}])
     *before, across = sample.tokens.tolist()
@@ -81,7 +82,7 @@ def test_a_token_across_the_border_of_the_generated_text_is_a_target(tokenizer):
     assert sample.loss_mask.tolist() == [0] * len(before) + [1]
 
 
-def test_a_null_field_is_no_field(tokenizer):
+def test_a_null_field_counts_as_missing(tokenizer):
     names = (
         "{% for m in messages %}{% generation %}{{ m['name'] if 'name' in m else 'x' }}{% endgeneration %}{% endfor %}"
     )
@@ -90,7 +91,7 @@ def test_a_null_field_is_no_field(tokenizer):
 
 
 def test_special_tokens_come_from_the_template_alone(tokenizer, tokenizer_folder):
-    """Llama's tokenizer puts its begin token before any text; its template writes one too."""
+    """Llama's tokenizer puts its begin token before any text, and so does its template."""
     from tokenizers.processors import TemplateProcessing
 
     adding = ChatTokenizer.load(str(tokenizer_folder))
@@ -112,7 +113,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00
 
 @settings(max_examples=150, deadline=None)
 @given(contents=st.lists(TEXT, min_size=2, max_size=6))
-def test_masked_tokens_decode_to_what_the_assistant_said(tokenizer, contents):
+def test_masked_tokens_decode_to_the_assistants_text(tokenizer, contents):
     sample = encode(tokenizer, turns(*contents))
     assert masked_text(tokenizer, sample) == "".join(f"{answer}<|end|>" for answer in contents[1::2])
 
@@ -129,13 +130,13 @@ def test_batches_equal_single_chats(tokenizer):
 @pytest.mark.parametrize(
     ("content", "fault"), [("a\x00b", Fault.NUL), ("a\ud800b", Fault.UTF8)], ids=["NUL", "lone surrogate"]
 )
-def test_text_that_json_can_escape_but_no_tokenizer_can_take(tokenizer, content, fault):
+def test_text_that_json_can_escape_but_no_tokenizer_can_encode(tokenizer, content, fault):
     with pytest.raises(BadChat, match=r"^here:1: ") as bad:
         encode(tokenizer, turns("Hello", content))
     assert bad.value.fault is fault
 
 
-def test_template_that_refuses_a_chat_names_its_line(tokenizer):
+def test_a_template_that_refuses_a_chat_names_its_line(tokenizer):
     strict = replace(
         tokenizer, template="{% generation %}{% endgeneration %}{{ raise_exception('roles must alternate') }}"
     )
@@ -143,20 +144,20 @@ def test_template_that_refuses_a_chat_names_its_line(tokenizer):
         encode(strict, turns("Hello", "Paris."))
 
 
-def test_template_that_is_not_jinja(tokenizer):
+def test_a_template_that_is_not_jinja(tokenizer):
     broken = replace(tokenizer, template="{% generation %}{% for %}")
     with pytest.raises(ConfigError, match="not valid Jinja"):
         encode(broken, turns("Hello", "Paris."))
 
 
-def test_template_without_generation_block(tokenizer_folder, tmp_path):
+def test_a_template_without_generation_block(tokenizer_folder, tmp_path):
     template = tmp_path / "plain.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     with pytest.raises(ConfigError, match=r"plain\.jinja has no \{% generation %\} block.*--chat-template"):
         ChatTokenizer.load(str(tokenizer_folder), template_file=template)
 
 
-def test_template_of_a_file_replaces_the_tokenizers_own(tokenizer, tokenizer_folder, tmp_path):
+def test_a_template_file_replaces_the_tokenizers_own(tokenizer, tokenizer_folder, tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}{%- generation -%}{{ m['content'] }}{%- endgeneration -%}{% endfor %}")
     loaded = ChatTokenizer.load(str(tokenizer_folder), template_file=template)
@@ -166,14 +167,14 @@ def test_template_of_a_file_replaces_the_tokenizers_own(tokenizer, tokenizer_fol
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "tokenizer.json"])
-def test_tokenizer_that_is_not_there(name, tmp_path, monkeypatch):
+def test_a_missing_tokenizer(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"--tokenizer .*(no such directory|is a file)"):
         ChatTokenizer.load(name)
 
 
-def test_tokenizer_that_is_damaged(tokenizer_folder, tmp_path):
+def test_a_damaged_tokenizer(tokenizer_folder, tmp_path):
     for path in tokenizer_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:100])
     with pytest.raises(ConfigError, match="cannot be loaded"):

@@ -6,7 +6,7 @@ import torch
 
 from megatron_hbp.model.context import MicroBatchContext
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.training.feed import Feed, MicroBatch
 from tests.equivalence.plans import MemoryStore, plan_of
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_hbp.model import context as micro_batch
-from megatron_hbp.model.context import bind, capture_context, current, is_bound, on_bind
+from megatron_hbp.model.context import MicroBatchContext, bind, capture_context, current, is_bound, on_bind
 from tests.unit.model.packs import context_of
 
 A, B = context_of([3]), context_of([4])
@@ -43,7 +43,7 @@ def test_restored_after_an_error(depth):
 
 
 def test_callbacks_see_every_context_that_becomes_current():
-    seen = []
+    seen: list[MicroBatchContext | None] = []
     with on_bind(seen.append):
         with bind(A), bind(B):
             pass
@@ -68,7 +68,7 @@ def test_capture_binds_the_context_of_the_forward_again():
 
     with bind(A):
         captured = capture_context(layer)
-    switched = []
+    switched: list[MicroBatchContext | None] = []
     with on_bind(switched.append):
         with bind(B):  # 1F1B: another micro-batch is current when the backward recomputes
             assert captured(3, scale=2) == 6
@@ -93,7 +93,7 @@ def test_capture_restores_after_an_error():
 
 
 def test_capture_inside_its_own_context_switches_nothing():
-    switched = []
+    switched: list[MicroBatchContext | None] = []
     with bind(A), on_bind(switched.append):
         assert capture_context(current)() is A
     assert switched == []

@@ -22,8 +22,13 @@ def lock(tmp_path, monkeypatch):
 
 def test_it_is_the_lock_of_megatrons_extension(tmp_path, monkeypatch):
     asked = []
+
+    def load_inline(**options):
+        asked.append(options["name"])
+        return random
+
     monkeypatch.setattr(random, "_share_storage_ext", None)
-    monkeypatch.setattr(random, "load_inline", lambda **options: asked.append(options["name"]) or random)
+    monkeypatch.setattr(random, "load_inline", load_inline)
     monkeypatch.setattr(random, "share_storage", None, raising=False)
     random._get_share_storage()
     assert asked == [NAME] and set(FLAGS) > MODULES

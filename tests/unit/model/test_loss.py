@@ -26,7 +26,8 @@ class Projection(torch.nn.Module):
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        self.weight, self.asked = weight, []
+        self.weight = weight
+        self.asked: list[int] = []
 
     def forward(self, hidden, weight=None):
         self.asked.append(hidden.shape[0])
@@ -126,4 +127,4 @@ def test_loss_sum(dtype):
     assert count.dtype == torch.int and count == 3 and not report["lm loss"].requires_grad
     torch.testing.assert_close(report["lm loss"], torch.tensor([1.0, 3.0]))
     total.backward()
-    assert losses.grad.tolist() == [1, 1, 1]  # a sum: nothing is divided here
+    assert losses.grad is not None and losses.grad.tolist() == [1, 1, 1]  # a sum: nothing is divided here

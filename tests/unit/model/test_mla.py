@@ -1,6 +1,7 @@
 """DeepSeek-V2-Lite's attention: no norm where its queries have no latent."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def resolved(kind: type, monkeypatch: pytest.MonkeyPatch, norm: type) -> dict:
         linear_q_proj=Plain, linear_q_up_proj=Plain, linear_kv_up_proj=Fused if has_fused else Plain,
         linear_proj=Plain, q_layernorm=norm, kv_layernorm=norm,
     )  # fmt: skip
-    attention = kind.__new__(kind)
+    attention: Any = object.__new__(kind)
     torch.nn.Module.__init__(attention)
     attention.config = SimpleNamespace(
         q_lora_rank=None, kv_lora_rank=16, qk_layernorm=True, qk_l2_norm=False, normalization="RMSNorm",

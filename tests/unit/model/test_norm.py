@@ -1,6 +1,7 @@
 """RMSNorm as one autograd node: torch's values, exact gradients, each dtype kept."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ def norms(dtype: torch.dtype, *, sequence_parallel: bool = False) -> tuple[Seque
     """Ours, as Megatron-LM constructs it, and torch's, with the same random weight."""
     torch.manual_seed(0)
     config = SimpleNamespace(params_dtype=dtype, sequence_parallel=sequence_parallel)
-    ours = SequenceParallelRMSNorm(config, hidden_size=12, eps=1e-3)  # type: ignore[arg-type]
+    ours = SequenceParallelRMSNorm(config, hidden_size=12, eps=1e-3)
     theirs = torch.nn.RMSNorm(12, eps=1e-3, dtype=dtype)
     with torch.no_grad():
         theirs.weight.copy_(ours.weight.normal_())
     return ours, theirs
 
 
-def outcome(norm: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def outcome(norm: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Output and gradients of a random projection of it."""
     leaf = x.clone().requires_grad_()
     out = norm(leaf)
@@ -65,4 +66,5 @@ def test_a_row_of_zeros_stays_finite():
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_weight_says_whether_its_gradient_is_to_be_summed(sequence_parallel):
-    assert norms(torch.float32, sequence_parallel=sequence_parallel)[0].weight.sequence_parallel is sequence_parallel
+    weight: Any = norms(torch.float32, sequence_parallel=sequence_parallel)[0].weight
+    assert weight.sequence_parallel is sequence_parallel

@@ -1,5 +1,7 @@
 """Rotary rows by local position: the rows of the unwrapped table, whatever the pack."""
 
+from typing import Any
+
 import pytest
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -59,7 +61,12 @@ def test_few_tables_are_made():
     """Megatron-LM caches a table for each length asked: powers of two keep that to a handful."""
     rotary, asked = PackedRotary(rope()), []
     plain = rotary.rotary.forward
-    rotary.rotary.forward = lambda length: asked.append(length) or plain(length)
+
+    def forward(length):
+        asked.append(length)
+        return plain(length)
+
+    rotary.rotary.forward = forward
     for longest in range(1, 65):
         with bind(context_of([longest])):
             rotary(1)
@@ -77,9 +84,9 @@ def test_localise_wraps_every_holder_once():
             super().__init__()
             self.rotary_pos_emb = None
 
-    model = torch.nn.Sequential(Attention(), Without(), torch.nn.Sequential(Attention()))
+    holders: tuple[Any, Any] = (Attention(), Attention())
+    model = torch.nn.Sequential(holders[0], Without(), torch.nn.Sequential(holders[1]))
     assert localise(model) == 2
-    holders = (model[0], model[2][0])
     assert all(isinstance(holder.rotary_pos_emb, PackedRotary) for holder in holders)
     assert all(isinstance(holder.rotary_pos_emb.rotary, RotaryEmbedding) for holder in holders)
     assert localise(model[1]) == 0

@@ -1,5 +1,7 @@
 """Slices of a weight give it the gradient that the whole layer would, whoever else uses it."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,12 +9,12 @@ import torch.nn.functional as F
 from megatron_hbp.model.sliced import sliced_linear
 
 
-def weight_with_main_grad(dtype: torch.dtype, main_dtype: torch.dtype) -> tuple[torch.nn.Parameter, list]:
+def weight_with_main_grad(dtype: torch.dtype, main_dtype: torch.dtype) -> tuple[Any, list]:
     """A parameter and Megatron-LM's DDP hook on it (distributed_data_parallel.py:475-494 of 0.19.2); calls of it."""
-    weight = torch.nn.Parameter(torch.randn(12, 5, dtype=dtype))
+    weight: Any = torch.nn.Parameter(torch.randn(12, 5, dtype=dtype))  # Megatron-LM adds attributes
     weight.main_grad = torch.zeros(12, 5, dtype=main_dtype)
     weight.grad_added_to_main_grad = False
-    calls = []
+    calls: list[torch.nn.Parameter] = []
 
     def hook(parameter):
         calls.append(parameter)

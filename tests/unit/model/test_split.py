@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hbp.model.split import UNEVENNESS, local_positions, split_pack
-from megatron_hbp.training.batch import padded_length, slice_of_pack
+from megatron_hbp.model.split import split_pack
+from megatron_hbp.planning.core.slices import UNEVENNESS, local_positions, padded_length
+from megatron_hbp.training.batch import slice_of_pack
 
 CPU = torch.device("cpu")
 
@@ -40,15 +41,15 @@ def test_every_token_is_at_home_or_shared_and_found_again(lengths, cp_degree, zi
     for rank, split in enumerate(splits):
         s = positions.shape[1]
         every = np.arange(s)
-        home_at = every if split.home_at is None else split.home_at.numpy()
+        local_at = every if split.local_at is None else split.local_at.numpy()
         shared_at = every if split.shared_at is None else split.shared_at.numpy()
-        home_at = home_at if split.home is not None else every[:0]
+        local_at = local_at if split.local is not None else every[:0]
         shared_at = shared_at if split.shared is not None else every[:0]
-        assert sorted([*home_at, *shared_at]) == list(range(s))
+        assert sorted([*local_at, *shared_at]) == list(range(s))
         if split.back is not None:
-            assert np.concatenate((home_at, shared_at))[split.back.numpy()].tolist() == list(range(s))
-        if split.home is not None:  # whole segments, one after the other
-            pieces = [positions[rank][home_at[a:b]] for a, b in zip(split.home.q, split.home.q[1:], strict=False)]
+            assert np.concatenate((local_at, shared_at))[split.back.numpy()].tolist() == list(range(s))
+        if split.local is not None:  # whole segments, one after the other
+            pieces = [positions[rank][local_at[a:b]] for a, b in zip(split.local.q, split.local.q[1:], strict=False)]
             for piece in pieces:
                 assert piece.tolist() == list(range(ends[segment[piece[0]]], ends[segment[piece[0]] + 1]))
         if split.shared is None:
@@ -81,7 +82,7 @@ def _shared_segments(splits, positions, segment):
 def test_work_at_home_is_even(lengths, cp_degree, zigzag):
     splits, _, ends = splits_of(lengths, cp_degree, zigzag)
     padding = ends[-1] - sum(lengths)
-    at_home = [float(sum(np.diff(s.home.q) ** 2.0)) if s.home else 0.0 for s in splits]
+    at_home = [float(sum(np.diff(s.local.q) ** 2.0)) if s.local else 0.0 for s in splits]
     total = float((np.diff(ends) ** 2.0).sum())
     assert max(at_home) - np.mean(at_home) <= UNEVENNESS * total / cp_degree + padding**2
 
@@ -94,4 +95,4 @@ def test_a_pack_of_equal_short_samples_exchanges_nothing():
 def test_a_long_sample_is_shared_and_its_short_neighbours_stay():
     splits, _, _ = splits_of([480] + [4] * 8, 4, False)
     assert all(split.shared.segments.q == (0, 480) for split in splits)
-    assert [split.home and split.home.q for split in splits] == [None, None, None, tuple(range(0, 33, 4))]
+    assert [split.local and split.local.q for split in splits] == [None, None, None, tuple(range(0, 33, 4))]

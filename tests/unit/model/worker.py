@@ -7,6 +7,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -23,7 +24,7 @@ from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 from megatron_hbp.errors import ConfigError  # noqa: E402
 from megatron_hbp.model.context import bind, current, on_bind  # noqa: E402
 from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch, install_context_capture  # noqa: E402
-from megatron_hbp.planning.types import Recompute  # noqa: E402
+from megatron_hbp.planning.core.tiers import Recompute  # noqa: E402
 from megatron_hbp.training.feed import MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
@@ -60,7 +61,7 @@ def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     return loss_sum(losses)[0]
 
 
-def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def gradients(model: Any) -> dict[str, torch.Tensor]:
     """Take the gradients, leave zeros."""
     found = {name: p.main_grad.clone() for name, p in model.named_parameters()}
     model.zero_grad_buffer()

@@ -18,7 +18,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 from megatron_hbp.errors import ConfigError  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
-from megatron_hbp.planning.types import Tier  # noqa: E402
+from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from tests.equivalence.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.plans import MemoryStore  # noqa: E402
 from tests.equivalence.stepping import Stepper  # noqa: E402
@@ -48,7 +48,12 @@ def groups_of_layout() -> dict[str, Any]:
     dp_group = parallel_state.get_data_parallel_group()
     size = dist.get_world_size(dp_group)
     made: list[list[int]] = []
-    with mock.patch.object(dist, "new_group", side_effect=lambda ranks, **kw: made.append(ranks) or NEW(ranks, **kw)):
+
+    def new_group(ranks: list[int], **options: Any) -> Any:
+        made.append(ranks)
+        return NEW(ranks, **options)
+
+    with mock.patch.object(dist, "new_group", side_effect=new_group):
         groups = CpGroups.create([4, 1, 2, 2] if size == 4 else [2, 1], dp_group, TIMEOUT)
     total = {}
     for degree, group in groups.by_degree.items():

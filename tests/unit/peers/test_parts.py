@@ -8,14 +8,14 @@ import pytest
 from benchmarks.peers.flexsp import buckets, cut_points
 from benchmarks.peers.measure import compare, eta_squared, lower_bound, wall_with_waits
 from benchmarks.peers.plug_in import PLANNERS
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.layout import Request
+from megatron_hbp.planning.core.plan import DataFingerprint
+from megatron_hbp.planning.core.tiers import parse_tiers
+from megatron_hbp.planning.cost.model import preset
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic
 from megatron_hbp.planning.peers.differencing import karmarkar_karp
 from megatron_hbp.planning.peers.skrull import skrull
 from megatron_hbp.planning.peers.static_cp import static_cp
-from megatron_hbp.planning.plan import DataFingerprint
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.schedule.placement import Request
 
 COST = preset("llama3.1-8b-h100")
 

@@ -9,8 +9,8 @@ import pytest
 from benchmarks.peers.balanced_cp import balanced_cp
 from benchmarks.peers.flexsp import flexsp
 from megatron_hbp.errors import ConfigError, DataError
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.metrics import plan_metrics
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
 from megatron_hbp.planning.peers.common import least_degree, random_steps, static_degree
 from megatron_hbp.planning.peers.default_dynamic import default_dynamic, micro_batch
 from megatron_hbp.planning.peers.skrull import joined_packs, skrull

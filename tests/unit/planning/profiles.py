@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_hbp.planning.cost import CostModel
-from megatron_hbp.planning.exchange import AttentionShape
-from megatron_hbp.planning.profile_table import ModelFacts, ProfileHeader, ProfileRow, ProfileTable, Setting
+from megatron_hbp.planning.core.exchanges import AttentionShape
+from megatron_hbp.planning.cost.model import CostModel
+from megatron_hbp.planning.cost.profile_table import ModelFacts, ProfileHeader, ProfileRow, ProfileTable, Setting
 
 ATTENTION = AttentionShape(num_query_heads=8, num_kv_heads=4, qk_width=64, v_width=64)
 HEADER = ProfileHeader(

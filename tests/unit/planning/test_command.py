@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from megatron_hbp.commands.plan import app
 from megatron_hbp.errors import ConfigError, DataError, HbpError, PlanError
-from megatron_hbp.planning import cost_file, load
-from megatron_hbp.planning.cost import preset
+from megatron_hbp.planning import load
+from megatron_hbp.planning.cost import file as cost_file
+from megatron_hbp.planning.cost.model import preset
 from tests.distributed.conftest import write_store
 
 RNG = np.random.default_rng(0)

@@ -5,13 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.lengths import generate
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import Recompute, Tier, make_plan, parse_tiers
-from megatron_hbp.planning.cost import ATTENTION_ONLY, PRESETS, preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.metrics import plan_metrics
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import ATTENTION_ONLY, PRESETS, preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import lower_bound, noisy_step_ratio, side_by_side_abr
 from megatron_hbp.planning.planner import naive_plan
-from megatron_hbp.planning.quality import lower_bound, noisy_step_ratio, side_by_side_abr
+from megatron_hbp.planning.request import Request
 
 LLAMA = preset("llama3.1-8b-h100")
 
@@ -71,7 +73,7 @@ def test_no_plan_beats_the_lower_bound():
     lengths = generate("mix", num_samples=20_000)
     bound = lower_bound(lengths, LLAMA, 32, num_steps=1)
     tiers = tuple(LLAMA.with_recompute(t) for t in parse_tiers("16384:cp1,32768:cp2,65536:cp4,131072:cp8"))
-    plan = make_plan(lengths, tiers=tiers, num_ranks=32, step_tokens=524288)
+    plan = make_plan(Samples.of(lengths), Request(tiers=tiers, num_ranks=32, step_tokens=524288))
     busy = LLAMA.pack_seconds(plan.tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares) @ plan.pack_cp / 32
     assert bound < busy < 1.05 * bound
 
@@ -79,7 +81,10 @@ def test_no_plan_beats_the_lower_bound():
 def test_the_lower_bound_counts_the_steps_there_are_and_the_degrees_allowed():
     cost = replace(LLAMA, step_seconds=2.0)
     lengths = np.r_[np.full(300, 16384), np.full(9, 3 * 16384)]
-    plan = make_plan(lengths, tiers=parse_tiers("16384:cp1:full28,49152:cp3:full28"), num_ranks=9, step_tokens=10**7)
+    plan = make_plan(
+        Samples.of(lengths),
+        Request(tiers=parse_tiers("16384:cp1:full28,49152:cp3:full28"), num_ranks=9, step_tokens=10**7),
+    )
     epoch = plan_metrics(plan, cost).epoch_seconds
     bound = lower_bound(lengths, cost, 9, num_steps=plan.num_steps, degrees=(1, 3))
     assert bound < epoch < 1.3 * bound
@@ -90,30 +95,34 @@ def test_full_packs_meet_the_lower_bound_with_all_that_a_micro_batch_costs():
     cost = replace(LLAMA, recompute_seconds=(("full", 4.0),), group_seconds=((2, 1.0),), recompute_layers=((8192, 8),))
     for length, tier in ((8192, "8192:cp1:full8"), (16384, "16384:cp2:full8")):
         lengths = np.full(16, length)
-        plan = make_plan(lengths, tiers=parse_tiers(tier), num_ranks=2, step_tokens=10**7, cost=cost)
+        plan = make_plan(
+            Samples.of(lengths), Request(tiers=parse_tiers(tier), num_ranks=2, step_tokens=10**7, cost=cost)
+        )
         bound = lower_bound(lengths, cost, 2, num_steps=1)
         assert plan_metrics(plan, cost).epoch_seconds == pytest.approx(bound)
 
 
 def test_slots_of_dummies_take_time():
-    plan = make_plan(np.full(64, 1024), tiers=parse_tiers("1024:cp1"), num_ranks=8, step_tokens=8192)
-    padded = make_plan(
-        np.full(64, 1024), tiers=parse_tiers("1024:cp1"), num_ranks=8, step_tokens=8 * 8192, slot_multiple=10
-    )  # fmt: skip
+    plan = make_plan(
+        Samples.of(np.full(64, 1024)), Request(tiers=parse_tiers("1024:cp1"), num_ranks=8, step_tokens=8192)
+    )
+    padded = make_plan(Samples.of(np.full(64, 1024)), Request(tiers=parse_tiers("1024:cp1"), num_ranks=8, step_tokens=8 * 8192, slot_multiple=10))  # fmt: skip
     assert (plan.num_micro_batches.sum(), padded.num_micro_batches.sum()) == (8, 10)
     more = plan_metrics(padded, LLAMA).epoch_seconds - plan_metrics(plan, LLAMA).epoch_seconds
     assert more == pytest.approx(2 * LLAMA.micro_batch_seconds)
 
 
 def test_equal_work_is_the_yardstick_of_noise():
-    plan = make_plan(np.full(64, 1024), tiers=parse_tiers("1024:cp1"), num_ranks=8, step_tokens=8192)
+    plan = make_plan(
+        Samples.of(np.full(64, 1024)), Request(tiers=parse_tiers("1024:cp1"), num_ranks=8, step_tokens=8192)
+    )
     assert noisy_step_ratio(plan, LLAMA) == pytest.approx(1.0)
 
 
 def test_naive_packing_is_as_unbalanced_as_in_the_paper():
     lengths = generate("mix", num_samples=200_000)
     tiers = parse_tiers("16384:cp1,131072:cp8")
-    naive = naive_plan(lengths, tiers=tiers, num_ranks=32, step_tokens=524288)
+    naive = naive_plan(Samples.of(lengths), Request(tiers=tiers, num_ranks=32, step_tokens=524288))
     assert side_by_side_abr(naive, 4, sort=False) == pytest.approx(0.506, abs=0.05)
     assert side_by_side_abr(naive, 4, sort=True) < 0.02
 

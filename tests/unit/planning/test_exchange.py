@@ -2,8 +2,7 @@
 
 import pytest
 
-from megatron_hbp.planning.cost import DEEPSEEK_V2, PRESETS
-from megatron_hbp.planning.exchange import (
+from megatron_hbp.planning.core.exchanges import (
     EXCHANGES,
     AttentionShape,
     Machine,
@@ -14,7 +13,8 @@ from megatron_hbp.planning.exchange import (
     price,
     refusal,
 )
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.model import DEEPSEEK_V2, PRESETS
 
 LLAMA_8B = AttentionShape(num_query_heads=32, num_kv_heads=8, qk_width=128, v_width=128)
 LLAMA_70B_TP8 = AttentionShape(num_query_heads=64, num_kv_heads=8, qk_width=128, v_width=128).on_tensor_parallel_rank(8)

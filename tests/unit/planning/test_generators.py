@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from benchmarks.lengths import GENERATORS, generate
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.generators import GENERATORS, generate
 
 K = 1024
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_hbp.planning.fill import best_fit, exact_fit, greedy_fill, longest_first, stable_order
-from megatron_hbp.planning.packing import METHODS
-from megatron_hbp.planning.tight import best_fit_decreasing, pack_tightly
+from megatron_hbp.planning.packing.best_fit import best_fit_decreasing, pack_tightly
+from megatron_hbp.planning.packing.fill import best_fit, exact_fit, greedy_fill, longest_first, stable_order
+from megatron_hbp.planning.packing.methods import METHODS
 
 RNG = np.random.default_rng(0)
 LENGTHS = np.clip(np.rint(np.exp(RNG.normal(5, 1, 2000))), 1, 4096).astype(np.int64)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from benchmarks.lengths import generate
 from benchmarks.paper_tables import Study, calibrated, table_6
-from megatron_hbp.planning.generators import generate
 
 
 def test_table_6_can_be_simulated():

@@ -8,14 +8,18 @@ import pytest
 
 from megatron_hbp.errors import DiskError, PlanError
 from megatron_hbp.planning import check_data, load, make_plan, parse_tiers, save
-from megatron_hbp.planning.planfile import MAGIC
+from megatron_hbp.planning.core.planfile import MAGIC
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.request import Request
 
 LENGTHS = np.concatenate([np.random.default_rng(0).integers(1, 50, 56), [200, 130, 100, 256]])
 
 
 @pytest.fixture
 def plan():
-    return make_plan(LENGTHS, tiers=parse_tiers("64:cp1:full2,256:cp4"), num_ranks=4, step_tokens=512)
+    return make_plan(
+        Samples.of(LENGTHS), Request(tiers=parse_tiers("64:cp1:full2,256:cp4"), num_ranks=4, step_tokens=512)
+    )
 
 
 def test_round_trip(plan, tmp_path):
@@ -106,7 +110,9 @@ def test_other_data(plan):
 
 
 def test_other_store():
-    plan = make_plan(LENGTHS, tiers=parse_tiers("256:cp1"), num_ranks=1, step_tokens=512, store_fingerprint="aa")
+    plan = make_plan(
+        Samples.of(LENGTHS, store_fingerprint="aa"), Request(tiers=parse_tiers("256:cp1"), num_ranks=1, step_tokens=512)
+    )
     check_data(plan, LENGTHS, "aa")
     check_data(plan, LENGTHS)
     with pytest.raises(PlanError, match="another token store"):

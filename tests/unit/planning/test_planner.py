@@ -7,20 +7,24 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks.lengths import generate
 from megatron_hbp.errors import ConfigError, DataError
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.packs import group_data
-from megatron_hbp.planning.quality import loss_token_variation, randomness
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import loss_token_variation, randomness
+from megatron_hbp.planning.packing.hierarchical import group_data
+from megatron_hbp.planning.request import Request
 
 COST = preset("llama3.1-8b-h100")
 TIERS = parse_tiers("1024:cp1,8192:cp4")
 
 
 def plan_of(lengths, tiers=TIERS, ranks=4, step_tokens=16384, **options):
-    plan = make_plan(np.asarray(lengths), tiers=tiers, num_ranks=ranks, step_tokens=step_tokens, **options)
+    plan = make_plan(
+        Samples.of(np.asarray(lengths)), Request(tiers=tiers, num_ranks=ranks, step_tokens=step_tokens, **options)
+    )
     plan.check()
     return plan
 
@@ -219,8 +223,8 @@ def test_seed_changes_the_plan():
 
 
 def test_data_dealt_in_parts_is_whole(monkeypatch):
-    monkeypatch.setattr("megatron_hbp.planning.packs._PART_SAMPLES", 1000)
-    monkeypatch.setattr("megatron_hbp.planning.packs._TIGHT_SAMPLES", 20)
+    monkeypatch.setattr("megatron_hbp.planning.packing.hierarchical._PART_SAMPLES", 1000)
+    monkeypatch.setattr("megatron_hbp.planning.packing.hierarchical._TIGHT_SAMPLES", 20)
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(20, 400, 7500), rng.integers(1025, 8192, 70)])
     plan = plan_of(lengths)

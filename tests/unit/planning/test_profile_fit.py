@@ -9,12 +9,19 @@ from typer.testing import CliRunner
 
 from megatron_hbp.cli import app
 from megatron_hbp.errors import ConfigError, DataError
-from megatron_hbp.planning import cost_file, planfile
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.fit import fit_profile, nonnegative_least_squares, spearman
-from megatron_hbp.planning.profile_memory import layers_by_local_tokens, layers_that_fit, peak_of, predict, with_limit
-from megatron_hbp.planning.profile_table import Setting
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.tiers import parse_tiers
+from megatron_hbp.planning.cost import file as cost_file
+from megatron_hbp.planning.cost.fit import fit_profile, nonnegative_least_squares, spearman
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.cost.profile_memory import (
+    layers_by_local_tokens,
+    layers_that_fit,
+    peak_of,
+    predict,
+    with_limit,
+)
+from megatron_hbp.planning.cost.profile_table import Setting
 from megatron_hbp.profiling.grid import parse_numbers, parse_policies, settings
 from megatron_hbp.profiling.options import ProfileOptions
 from tests.unit.planning.profiles import HEADER, PLANTED, row_of, table_of

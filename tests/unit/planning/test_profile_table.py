@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_hbp.errors import ConfigError, DiskError
-from megatron_hbp.planning import profile_table
-from megatron_hbp.planning.profile_table import Setting
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.profile_table import Setting
 from tests.unit.planning.profiles import HEADER, row_of, table_of
 
 

@@ -3,19 +3,21 @@
 import numpy as np
 import pytest
 
+from benchmarks.online import plan_batch
 from megatron_hbp.errors import ConfigError, PlanError
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.layout import Request
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.online import plan_batch
-from megatron_hbp.planning.packing import METHODS
+from megatron_hbp.planning.core.plan import DataFingerprint
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.measure.quality import randomness
+from megatron_hbp.planning.packing.methods import METHODS
 from megatron_hbp.planning.peers import PEERS
-from megatron_hbp.planning.plan import DataFingerprint
-from megatron_hbp.planning.planner import method_plan, naive_plan
-from megatron_hbp.planning.quality import randomness
+from megatron_hbp.planning.planner import naive_plan
+from megatron_hbp.planning.request import Request
 from megatron_hbp.planning.reschedule import epoch_seed, join_epochs, mixture_repeats, reschedule
-from megatron_hbp.planning.schedule import balanced_slots, steps_of_slots
+from megatron_hbp.planning.schedule.placement import Request
+from megatron_hbp.planning.schedule.slots import balanced_slots, steps_of_slots
 
 COST = preset("llama3.1-8b-h100")
 TIERS = parse_tiers("1024:cp1,2048:cp2,8192:cp8")
@@ -49,14 +51,14 @@ def test_tier_ratio_is_even_over_time():
 
 def test_steps_are_alike_in_content_where_a_length_ordered_packer_sorts_them():
     common = COMMON | {"step_tokens": 8192}
-    ordered = method_plan(LENGTHS, **common, method=METHODS["sorted"], balanced=True)
-    ours = make_plan(LENGTHS, **common)
+    ordered = make_plan(Samples.of(LENGTHS), Request(**common, packing=METHODS["sorted"], is_balanced=True))
+    ours = make_plan(Samples.of(LENGTHS), Request(**common))
     assert randomness(ordered).eta_squared > 0.3 > 2 * randomness(ours).eta_squared
     assert randomness(ordered).trend < 0.3  # steps are shuffled at least
 
 
 def test_gang_steps_are_balanced_and_random():
-    plan = make_plan(LENGTHS, **COMMON | {"step_tokens": 65536}, schedule="gang")
+    plan = make_plan(Samples.of(LENGTHS), Request(**COMMON | {"step_tokens": 65536}, schedule="gang"))
     plan.check()
     assert plan_metrics(plan, COST).idle < 0.03
     assert abs(randomness(plan).eta_squared) < 0.02
@@ -78,7 +80,7 @@ def remaining(plan, step):
 @pytest.mark.parametrize("ranks", [8, 16, 24])
 @pytest.mark.parametrize("from_step", [0, 7])
 def test_another_number_of_ranks_runs_the_rest_once(ranks, from_step):
-    plan = make_plan(LENGTHS, **COMMON)
+    plan = make_plan(Samples.of(LENGTHS), Request(**COMMON))
     changed = reschedule(plan, num_ranks=ranks, cost=COST, from_step=from_step)
     changed.check()
     assert sorted(changed.sample_ids.tolist()) == remaining(plan, from_step)
@@ -92,24 +94,24 @@ def step_samples(plan, step):
 
 
 def test_rescheduling_mistakes():
-    plan = make_plan(LENGTHS, **COMMON)
+    plan = make_plan(Samples.of(LENGTHS), Request(**COMMON))
     with pytest.raises(PlanError, match="outside the plan"):
         reschedule(plan, num_ranks=8, cost=COST, from_step=plan.num_steps)
     with pytest.raises(ConfigError, match="do not divide"):
         reschedule(plan, num_ranks=12, cost=COST)
     with pytest.raises(ConfigError, match="only lockstep"):
-        reschedule(make_plan(LENGTHS, **COMMON, schedule="gang"), num_ranks=8, cost=COST)
+        reschedule(make_plan(Samples.of(LENGTHS), Request(**COMMON, schedule="gang")), num_ranks=8, cost=COST)
 
 
 def test_epochs_run_one_after_the_other_in_orders_of_their_own():
-    passes = [make_plan(LENGTHS, **COMMON, seed=epoch_seed(0, epoch)) for epoch in range(3)]
+    passes = [make_plan(Samples.of(LENGTHS), Request(**COMMON, seed=epoch_seed(0, epoch))) for epoch in range(3)]
     plan = join_epochs(passes)
     plan.check()
     np.testing.assert_array_equal(np.bincount(plan.sample_ids), 3)
     assert plan.num_steps == sum(one.num_steps for one in passes)
-    assert passes[0].hash == make_plan(LENGTHS, **COMMON).hash != passes[1].hash
+    assert passes[0].hash == make_plan(Samples.of(LENGTHS), Request(**COMMON)).hash != passes[1].hash
     with pytest.raises(PlanError, match="differ in num_ranks"):
-        join_epochs([passes[0], make_plan(LENGTHS, **COMMON | {"num_ranks": 16})])
+        join_epochs([passes[0], make_plan(Samples.of(LENGTHS), Request(**COMMON | {"num_ranks": 16}))])
 
 
 def test_mixture_repeats():

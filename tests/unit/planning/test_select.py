@@ -5,16 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
-
 from megatron_hbp.commands.auto import parse_memory
-from megatron_hbp.commands.plan import app
-from megatron_hbp.errors import ConfigError, DataError, HbpError
-from megatron_hbp.planning import load, parse_tiers
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.planner import make_plan
-from megatron_hbp.planning.select import (
+from megatron_hbp.planning.select.settings import (
     ProfileRow,
     allowed_degrees,
     iteration_row,
@@ -22,9 +14,19 @@ from megatron_hbp.planning.select import (
     rows_of_cost,
     select_paper,
 )
-from megatron_hbp.planning.select_joint import account, select_joint
-from megatron_hbp.planning.tier_search import chain_seconds, grid, nodes, search
-from megatron_hbp.planning.types import layers
+from typer.testing import CliRunner
+
+from benchmarks.lengths import generate
+from megatron_hbp.commands.plan import app
+from megatron_hbp.errors import ConfigError, DataError, HbpError
+from megatron_hbp.planning import load, parse_tiers
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import layers
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.planner import make_plan
+from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.select.joint import account, select_joint
+from megatron_hbp.planning.select.search import chain_seconds, grid, nodes, search
 
 COST = preset("llama3.1-8b-h100")
 MEMORY = COST.recompute_layers
@@ -195,7 +197,9 @@ def test_account_adds_up():
 
 def test_what_recompute_costs_a_micro_batch_is_not_its_fixed_cost():
     cost = replace(COST, recompute_seconds=(("full", 8.0),))
-    plan = make_plan(np.full(8, 4096), tiers=parse_tiers("4096:cp1:full8"), num_ranks=1, step_tokens=4096)
+    plan = make_plan(
+        Samples.of(np.full(8, 4096)), Request(tiers=parse_tiers("4096:cp1:full8"), num_ranks=1, step_tokens=4096)
+    )
     one, before = account(plan, cost, "x"), account(plan, COST, "x")
     assert one.fixed_seconds == pytest.approx(before.fixed_seconds)
     assert one.recompute_seconds - before.recompute_seconds == pytest.approx(8 * 8.0 * 8 / COST.num_layers)

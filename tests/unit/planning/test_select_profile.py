@@ -8,13 +8,15 @@ from typer.testing import CliRunner
 
 from megatron_hbp.commands.plan import app
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning import cost_file, load, profile_table
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.fit import fit_profile
-from megatron_hbp.planning.select import mean_length
-from megatron_hbp.planning.select_joint import select_joint
-from megatron_hbp.planning.select_profile import profiled
-from megatron_hbp.planning.types import Recompute, layers
+from megatron_hbp.planning import load
+from megatron_hbp.planning.core.tiers import Recompute, layers
+from megatron_hbp.planning.cost import file as cost_file
+from megatron_hbp.planning.cost import profile_table
+from megatron_hbp.planning.cost.fit import fit_profile
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.select.from_profile import profiled
+from megatron_hbp.planning.select.joint import select_joint
+from megatron_hbp.planning.select.settings import mean_length
 from megatron_hbp.profiling.grid import parse_policies, settings
 from tests.unit.planning.profiles import PLANTED, row_of, table_of
 

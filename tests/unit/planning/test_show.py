@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_hbp.planning import Tier, make_plan, parse_tiers
-from megatron_hbp.planning.local import SHARED, cp_local_ranks
-from megatron_hbp.planning.show import plan_rows
-from megatron_hbp.planning.types import Pack
+from megatron_hbp.planning.core.rows import plan_rows
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.slices import SHARED, cp_local_ranks
+from megatron_hbp.planning.core.tiers import Pack
+from megatron_hbp.planning.request import Request
 
 
 def pack_of(lengths):
@@ -42,7 +44,9 @@ def test_local_ranks_equal_brute_force(layout, alignment):
 
 def test_rows_are_complete_and_plain_json():
     lengths = np.array([100, 900, 3000, 50, 60, 70, 2000])
-    plan = make_plan(lengths, tiers=parse_tiers("1024:cp1:full3,4096:cp4"), num_ranks=4, step_tokens=8192)
+    plan = make_plan(
+        Samples.of(lengths), Request(tiers=parse_tiers("1024:cp1:full3,4096:cp4"), num_ranks=4, step_tokens=8192)
+    )
     rows = [json.loads(json.dumps(row)) for row in plan_rows(plan)]
     assert sorted(sample for row in rows for sample in row["samples"]) == list(range(7))
     for row in rows:
@@ -56,7 +60,7 @@ def test_rows_are_complete_and_plain_json():
 
 def test_short_samples_in_shared_packs_lie_behind_the_long_ones():
     lengths = np.concatenate([[3000, 2500, 3500], np.full(30, 20)])
-    plan = make_plan(lengths, tiers=parse_tiers("64:cp1,4096:cp4"), num_ranks=4, step_tokens=8192)
+    plan = make_plan(Samples.of(lengths), Request(tiers=parse_tiers("64:cp1,4096:cp4"), num_ranks=4, step_tokens=8192))
     for index in np.flatnonzero(plan.pack_cp > 1):
         pack = plan.pack(index)
         assert (np.diff(pack.lengths) <= 0).all()

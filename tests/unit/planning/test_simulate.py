@@ -4,15 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from megatron_hbp.planning.simulate.topology import SHAPES, Topology, gradient_sync, place_cost
 
+from benchmarks.lengths import generate
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.metrics import plan_metrics
-from megatron_hbp.planning.pieces import pack_pieces
-from megatron_hbp.planning.simulate import gang_seconds, simulate
-from megatron_hbp.planning.topology import SHAPES, Topology, gradient_sync, place_cost
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.measure.metrics import plan_metrics
+from megatron_hbp.planning.request import Request
+from megatron_hbp.planning.simulate.breakdown import pack_pieces
+from megatron_hbp.planning.simulate.simulator import gang_seconds, simulate
 
 LLAMA, DEEPSEEK = preset("llama3.1-8b-h100"), preset("deepseek-v2-h100")
 TIERS = parse_tiers("16384:cp1:full28,32768:cp2:full28,65536:cp4:full23,131072:cp8:full28")
@@ -21,7 +23,10 @@ SHARDED = Topology(num_nodes=4, fully_sharded=True)
 
 
 def plan_of(ranks=32, slots=8, cost=LLAMA, tiers=TIERS, **options):
-    return make_plan(LENGTHS, tiers=tiers, num_ranks=ranks, step_tokens=slots * ranks * 16384, cost=cost, **options)
+    return make_plan(
+        Samples.of(LENGTHS),
+        Request(tiers=tiers, num_ranks=ranks, step_tokens=slots * ranks * 16384, cost=cost, **options),
+    )
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "gang"])

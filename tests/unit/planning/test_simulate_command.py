@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.calibrate import RATES, Timing, fit, predict
+from benchmarks.lengths import generate
 from megatron_hbp.cli import app
 from megatron_hbp.errors import ConfigError, DataError, DiskError, PlanError
 from megatron_hbp.planning import make_plan, parse_tiers
-from megatron_hbp.planning.calibrate import RATES, Timing, fit, predict
-from megatron_hbp.planning.cost import preset
-from megatron_hbp.planning.generators import generate
-from megatron_hbp.planning.planfile import save
+from megatron_hbp.planning.core.planfile import save
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.cost.model import preset
+from megatron_hbp.planning.request import Request
 
 LLAMA = preset("llama3.1-8b-h100")
 
@@ -27,7 +29,10 @@ def plan_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "train.plan"
     lengths = generate("mix", num_samples=5000)
     tiers = parse_tiers("16384:cp1:full28,131072:cp8:full28")
-    save(make_plan(lengths, tiers=tiers, num_ranks=8, step_tokens=8 * 16384 * 8, slot_multiple=2), path)
+    save(
+        make_plan(Samples.of(lengths), Request(tiers=tiers, num_ranks=8, step_tokens=8 * 16384 * 8, slot_multiple=2)),
+        path,
+    )
     return path
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_hbp.planning.memory import in_flight
-from megatron_hbp.planning.pipeline import makespan, run_pipeline, stage_orders
+from megatron_hbp.planning.core.pipeline import makespan, run_pipeline, stage_orders
+from megatron_hbp.planning.cost.memory import in_flight
 
 SECONDS = st.integers(0, 9)
 

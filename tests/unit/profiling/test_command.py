@@ -11,7 +11,8 @@ from megatron_hbp.commands.profile import MOST_STARTS
 @pytest.fixture
 def starts(monkeypatch):
     """Command lines that were launched; the test says with which codes they end."""
-    lines, codes = [], []
+    lines: list[list[str]] = []
+    codes: list[int] = []
 
     def main(command):
         lines.append(command)

@@ -22,6 +22,7 @@ def test_the_model_is_the_same_whatever_the_tensor_parallelism(kv_heads):
             num_experts=None, moe_ffn_hidden_size=None, moe_shared_expert_intermediate_size=None, moe_router_topk=2,
             ffn_hidden_size=96, padded_vocab_size=128, world_size=8, data_parallel_size=8 // tp,
             pipeline_model_parallel_size=1, expert_model_parallel_size=1, params_dtype=torch.float32, hbp_exchange=None,
+            untie_embeddings_and_output_weights=True,
         )  # fmt: skip
         models.append(_header(args, config, ProfileOptions.from_argv([]), torch.device("cpu"), (1,)).model)
     assert models[0] == models[1] == models[2]

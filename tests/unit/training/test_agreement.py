@@ -1,12 +1,13 @@
 """Orders of shared packs: what the plan says, what a feed does, and orders in which a gang never meets."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_hbp.errors import PlanError
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training.agreement import check_meetings, order_of, planned_orders
 from megatron_hbp.training.feed import Feed
 from tests.equivalence.plans import plan_of
@@ -26,7 +27,8 @@ def plan(request):
 
 
 def feed_of(plan, rank):
-    return Feed(plan=plan, store=None, groups=None, rank=rank, unit=1, full_length=False, device=None)
+    unused: Any = None
+    return Feed(plan=plan, store=unused, groups=unused, rank=rank, unit=1, full_length=False, device=unused)
 
 
 def test_every_feed_walks_as_planned(plan):

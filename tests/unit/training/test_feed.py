@@ -9,8 +9,8 @@ import torch
 
 from megatron_hbp.errors import PlanError
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.types import Recompute, Tier
-from megatron_hbp.training.batch import PADDING_SEGMENT
+from megatron_hbp.planning.core.slices import PADDING_SEGMENT
+from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.training.feed import DUMMY, Feed, MicroBatch, joint_policy
 from megatron_hbp.training.options import feed_unit
 from tests.equivalence.plans import MemoryStore, plan_of
@@ -63,10 +63,10 @@ def test_two_ranks_of_a_pack_by_hand(feed):
     assert left.loss_rows.labels.tolist() == [2, 3] and right.loss_rows.labels.tolist() == [202, 203]
     for each in (left, right):
         context = each.context
-        assert context.max_seqlen == 4 and context.exchange == "a2a"
+        assert context.max_seqlen == 4 and context.tier.exchange == "a2a"
         # every sample lies on one rank, but 10 against 16 squared tokens are uneven: they are shared
-        assert context.split.shared.segments.q == (0, 3, 4, 8) and context.split.home is None
-        assert (context.cp_group, context.cp_degree, context.recompute) == ("pair", 2, SELECTIVE)
+        assert context.split.shared.segments.q == (0, 3, 4, 8) and context.split.local is None
+        assert (context.cp_group, context.tier.cp_degree, context.tier.recompute) == ("pair", 2, SELECTIVE)
         assert context.sample_tokens.tolist() == [3, 1, 4] and context.sample_supervised.tolist() == [2, 0, 2]
         assert (context.num_real_tokens, context.num_supervised_tokens) == (8, 4)
         assert each.loss_rows.cp_group == "pair" and each.sample_ids.tolist() == [0, 1, 2]
@@ -83,7 +83,7 @@ def test_a_pack_is_padded_at_its_end_only(feed):
     assert positions.tolist() == [*range(20), 0, 1, 2, 3]
     assert torch.cat([s.context.is_real for s in slices]).tolist() == [True] * 20 + [False] * 4
     assert {s.context.split.shared.segments.q for s in slices} == {(0, 20)}
-    assert [s.context.split.home and s.context.split.home.q for s in slices] == [None, None, None, (0, 4)]
+    assert [s.context.split.local and s.context.split.local.q for s in slices] == [None, None, None, (0, 4)]
     assert {s.context.cp_group for s in slices} == {"quad"}
     assert {s.context.num_real_tokens for s in slices} == {20}
 
@@ -119,8 +119,8 @@ def test_a_dummy_weighs_nothing(feed):
     assert dummy.loss_rows.local.tolist() == dummy.loss_rows.labels.tolist() == [] and dummy.loss_rows.cp_group is None
     assert dummy.context.is_real.tolist() == [False, False]
     assert dummy.tokens.tolist() == [[0, 0]] and dummy.sample_ids.tolist() == []
-    assert dummy.context.cp_degree == 1 and dummy.context.cp_group is None
-    assert dummy.context.recompute == Recompute() and dummy.context.split.home.q == (0, 2)
+    assert dummy.context.tier.cp_degree == 1 and dummy.context.cp_group is None
+    assert dummy.context.tier.recompute == Recompute() and dummy.context.split.local.q == (0, 2)
     assert dummy.context.position_ids.tolist() == [0, 1]
 
 
@@ -131,7 +131,7 @@ def test_full_length_pads_to_the_packing_length(feed):
     assert by_rank[3][0].loss_rows.local.tolist() == []  # a dummy too
     tiers = (*TIERS[:2], Tier(packing_length=4 * 2 * PADDING_SEGMENT, cp_degree=4))
     long = list(feed(0, tiers=tiers, full_length=True))[1]
-    assert long.context.split.home.max_q <= PADDING_SEGMENT  # padding costs no square of its length
+    assert long.context.split.local.max_q <= PADDING_SEGMENT  # padding costs no square of its length
 
 
 def test_truncated_samples_use_their_first_tokens(feed):
@@ -174,11 +174,11 @@ def test_lengths_are_known_without_the_tokens(feed, settings):
 
 
 def test_joint_recompute_is_one_policy_a_slot(feed):
-    alone = [[m.context.recompute for m in feed(rank)] for rank in range(4)]
+    alone = [[m.context.tier.recompute for m in feed(rank)] for rank in range(4)]
     assert alone == [[SELECTIVE, FULL, Recompute()], [SELECTIVE, FULL, Recompute()],
                      [Recompute(), FULL, SELECTIVE], [Recompute(), FULL, SELECTIVE]]  # fmt: skip
     for rank in range(4):  # dummies too: they pass their tokens to the experts
-        assert [m.context.recompute for m in feed(rank, joint_recompute=True)] == [SELECTIVE, FULL, SELECTIVE]
+        assert [m.context.tier.recompute for m in feed(rank, joint_recompute=True)] == [SELECTIVE, FULL, SELECTIVE]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +201,9 @@ def test_joint_policy(policies, joint):
 
 
 def test_groups_are_asked_by_degree():
-    groups = CpGroups(by_degree={2: SimpleNamespace(name="pair")}, num_created=1)  # type: ignore[dict-item]
-    assert groups.group(1) is None and groups.group(2).name == "pair"
+    pair: Any = SimpleNamespace(name="pair")
+    groups = CpGroups(by_degree={2: pair}, num_created=1)
+    assert groups.group(1) is None and groups.group(2) is pair
     with pytest.raises(KeyError):
         groups.group(4)
 

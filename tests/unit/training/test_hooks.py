@@ -6,6 +6,7 @@ These read the wheel's source. When one fails, a release has moved something: lo
 import ast
 import inspect
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -26,8 +27,8 @@ from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import loss
 from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch
 from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training import hooks
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
@@ -86,7 +87,7 @@ def test_schedules_are_called_with_our_keywords():
             assert {"model", "num_microbatches", "data_iterator"} <= {keyword.arg for keyword in call.keywords}
     assert len(calls(function(training, "evaluate"), "forward_backward_func")) >= 1
     for call in calls(function(training, "evaluate"), "forward_backward_func"):
-        assert next(k.value.value for k in call.keywords if k.arg == "forward_only") is True
+        assert next(ast.unparse(k.value) for k in call.keywords if k.arg == "forward_only") == "True"
 
 
 def test_training_log_takes_what_we_read_where_we_read_it():
@@ -94,13 +95,14 @@ def test_training_log_takes_what_we_read_where_we_read_it():
     order += ["loss_scale", "report_memory_flag", "skipped_iter", "grad_norm"]
     assert parameters(training.training_log)[: len(order)] == order
     (call,) = calls(function(training, "train"), "training_log")
-    assert [argument.id for argument in call.args[: len(order)]] == order
+    assert [ast.unparse(argument) for argument in call.args[: len(order)]] == order
 
 
 def test_evaluate_returns_losses_first():
     values = [n.value for n in ast.walk(function(training, "evaluate")) if isinstance(n, ast.Return)]
-    assert all(isinstance(value, ast.Tuple) and len(value.elts) == 3 for value in values)
-    assert {ast.unparse(value.elts[0]) for value in values} == {"total_loss_dict", "None"}
+    tuples = [value for value in values if isinstance(value, ast.Tuple) and len(value.elts) == 3]
+    assert tuples == values
+    assert {ast.unparse(value.elts[0]) for value in tuples} == {"total_loss_dict", "None"}
 
 
 def test_the_step_at_hand_is_in_args_before_it_runs():
@@ -138,7 +140,7 @@ def test_shapes_are_asked_in_one_place():
         n for n in ast.walk(tree_of(p2p_communication)) if isinstance(n, ast.Call)
         and isinstance(n.func, ast.Attribute) and n.func.attr == "_communicate_shapes"
     ]  # fmt: skip
-    assert [[argument.id for argument in call.args] for call in asked] == [order]  # type: ignore[attr-defined]
+    assert [[ast.unparse(argument) for argument in call.args] for call in asked] == [order]
     body = ast.unparse(ast.parse(inspect.getsource(P2PCommunicator).lstrip()))
     assert "recv_prev_shape, recv_next_shape = self._communicate_shapes(" in body
     assert "if config.variable_seq_lengths or" in body
@@ -216,9 +218,14 @@ def test_the_feed_is_found_behind_megatrons_iterators(plan, wrap):
 
 def test_stages_of_varying_shapes_are_told_them(monkeypatch, plan):
     made = []
+
+    def communicator(*args):
+        made.append(args)
+        return "communicator"
+
     groups = SimpleNamespace(pp="the pipeline")
     monkeypatch.setattr(hooks.ProcessGroupCollection, "use_mpu_process_groups", lambda: groups)
-    monkeypatch.setattr(hooks, "PlannedP2PCommunicator", lambda *args: made.append(args) or "communicator")
+    monkeypatch.setattr(hooks, "PlannedP2PCommunicator", communicator)
     monkeypatch.setattr(StubModel, "config", SimpleNamespace(pipeline_model_parallel_size=2, variable_seq_lengths=True))
     told = hooks.pipeline_arguments([StubModel()], feed_for(plan), 1)
 
@@ -327,7 +334,12 @@ def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan, args):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     metrics, told = RunMetrics(plan, tmp_path / "m.jsonl"), []
-    log = hooks._logging(lambda *args, **kwargs: told.append((args, kwargs)) or "flag", plan, metrics)
+
+    def megatrons_log(*args, **kwargs):
+        told.append((args, kwargs))
+        return "flag"
+
+    log = hooks._logging(megatrons_log, plan, metrics)
     assert log({"lm loss": 1.25}, {}, 0.5, 2, 1.0, True, 0, 0.75, None, is_first_iteration=False) == "flag"
     evaluate = hooks._reporting(lambda *args, **kwargs: ({"lm loss": 2.5}, None, False), metrics)
     assert evaluate("anything")[0] == {"lm loss": 2.5}
@@ -347,7 +359,7 @@ def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan, args):
 def test_gpt_model_takes_and_calls_an_output_processor():
     assert {"labels", "output_processor", "output_processor_context"} <= set(parameters(GPTModel.forward))
     assert parameters(GPTModel.forward)[1:4] == ["input_ids", "position_ids", "attention_mask"]
-    source = ast.parse(inspect.getsource(inspect.getmodule(GPTModel)))
+    source = ast.parse(inspect.getsource(sys.modules[GPTModel.__module__]))
     (call,) = calls(source, "output_processor")
     given = {keyword.arg for keyword in call.keywords}
     ours = inspect.signature(loss.supervised_token_losses).parameters

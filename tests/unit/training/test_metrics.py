@@ -2,12 +2,13 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training import metrics
 from megatron_hbp.training.feed import DUMMY
 from megatron_hbp.training.metrics import RunMetrics
@@ -45,7 +46,8 @@ def run_step(run: RunMetrics, clock, micro_batches, *, training: bool = True) ->
     """Each micro-batch is (tier, real tokens, seconds)."""
     run.start(training=training)
     for tier, tokens, seconds in micro_batches:
-        run.observe(SimpleNamespace(tier=tier, num_local_tokens=tokens))
+        micro_batch: Any = SimpleNamespace(tier=tier, num_local_tokens=tokens)
+        run.observe(micro_batch)
         clock.now += seconds
     run.finish()
 
@@ -118,7 +120,12 @@ def test_a_resumed_run_goes_on_in_the_same_file(plan, clock, world, tmp_path):
 def test_a_step_on_a_device_is_written_when_the_next_is_known(plan, clock, world, tmp_path, monkeypatch):
     """As on CUDA, where reading the loss at once would wait for the device; a meta tensor stands for one there."""
     copies = []
-    monkeypatch.setattr(metrics, "_reader", lambda value: copies.append(value) or (lambda: float(len(copies))))
+
+    def reader(value):
+        copies.append(value)
+        return lambda: float(len(copies))
+
+    monkeypatch.setattr(metrics, "_reader", reader)
     run = RunMetrics(plan, tmp_path / "m")
     loss = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(metrics.torch, "Tensor", SimpleNamespace)

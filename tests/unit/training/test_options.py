@@ -14,9 +14,9 @@ from megatron_hbp.data.manifest import TokenizerInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.writer import StoreWriter
 from megatron_hbp.errors import ConfigError, DataError, PlanError
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.plan import Plan
-from megatron_hbp.planning.types import Recompute, Tier
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import Plan
+from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.runtime import arguments
 from megatron_hbp.training import main, options
 from megatron_hbp.training.options import HbpOptions, PlannedData
@@ -81,6 +81,7 @@ def test_plans_stores_and_metrics_among_other_flags(files):
         "--num-layers", 2, "--hbp-plan", files.plan(), "--hbp-store", files.store(), "--lr", "1e-3",
         "--hbp-valid-plan", files.plan("valid", seed=4), "--hbp-valid-store", files.store(), "--hbp-metrics", "m.jsonl",
     )  # fmt: skip
+    assert told.train is not None and told.valid is not None
     assert told.train.plan.hash == plan().hash and told.valid.plan.hash == plan(seed=4).hash
     assert told.train.store.num_samples == 4 and told.metrics == Path("m.jsonl")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_hbp.parallel.groups import CpGroups
-from megatron_hbp.planning.types import Tier
+from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training import feed as feeds
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.read_ahead import ReadAhead
@@ -106,7 +106,12 @@ def feed_of(rank=0, store=None, **settings) -> Feed:
 def seen(micro_batch):
     """Everything in a micro-batch, tensors as lists."""
     tensors = []
-    moved(micro_batch, lambda tensor: tensors.append(tensor.tolist()) or tensor)
+
+    def take(tensor):
+        tensors.append(tensor.tolist())
+        return tensor
+
+    moved(micro_batch, take)
     return micro_batch.step, micro_batch.slot, micro_batch.tier, tensors
 
 
@@ -130,7 +135,12 @@ def test_every_tensor_of_a_micro_batch_is_moved():
     micro_batch = next(feed_of())
     there = moved(micro_batch, lambda tensor: tensor.to("meta"))
     devices = []
-    moved(there, lambda tensor: devices.append(tensor.device.type) or tensor)
+
+    def take(tensor):
+        devices.append(tensor.device.type)
+        return tensor
+
+    moved(there, take)
     assert set(devices) == {"meta"} and len(devices) > 15
     assert there.context.split.shared.ranges[1].segments.cu_q.device.type == "meta"
     assert there.context.cp_group == "pair" and there.context.split.shared.segments.q == (0, 30, 39)

@@ -1,23 +1,25 @@
 """Which exchange a tier runs with: its own, the flag's, or the cheapest; and what cannot be is refused."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.cost import DEEPSEEK_V2
-from megatron_hbp.planning.exchange import AttentionShape, Machine
-from megatron_hbp.planning.types import Tier
-from megatron_hbp.training.settle import attention_shape, settle, settle_tiers
+from megatron_hbp.planning.core.machine import H100
+from megatron_hbp.planning.core.model import AttentionShape
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.planning.cost.presets import DEEPSEEK_V2
+from megatron_hbp.training.settle import settle, settle_tiers
 from tests.equivalence.plans import plan_of
 
 LLAMA_70B_TP8 = AttentionShape(num_query_heads=8, num_kv_heads=1, qk_width=128, v_width=128)
 LENGTHS = np.array([1000, 30_000, 60_000])
 
 
-def plan_with(**choices: object):
+def plan_with(**choices: Any):
     tiers = [
         Tier(packing_length=16_384), Tier(packing_length=32_768, cp_degree=2, **choices),
         Tier(packing_length=65_536, cp_degree=4),
@@ -27,22 +29,22 @@ def plan_with(**choices: object):
 
 
 def settled(shape=LLAMA_70B_TP8, exchange=None):
-    return settle_tiers(plan_with(), shape, Machine(), exchange=exchange, kernel=None)
+    return settle_tiers(plan_with(), shape, H100, exchange=exchange, kernel=None)
 
 
 def test_auto_takes_the_cheapest_and_says_why():
     tiers, lines = settled()
     assert [tier.exchange for tier in tiers] == ["a2a", "all_gather", "all_gather"]  # one KV head: keys are little
     assert [tier.is_zigzag for tier in tiers] == [False, True, True]
-    assert len(lines) == 2 and all("exchange all_gather (exposed a layer: all_gather" in line for line in lines)
-    assert [tier.exchange for tier in settled(DEEPSEEK_V2)[0]] == ["a2a", "qkv_latent", "qkv_latent"]
+    assert len(lines) == 2 and all("exchange all_gather (exposed per layer: all_gather" in line for line in lines)
+    assert [tier.exchange for tier in settled(DEEPSEEK_V2.attention)[0]] == ["a2a", "qkv_latent", "qkv_latent"]
 
 
 def test_a_tier_keeps_its_own_exchange_and_a_flag_overrides_it():
     tiers, lines = settled()
-    own, said = settle_tiers(plan_with(exchange="p2p"), LLAMA_70B_TP8, Machine(), exchange=None, kernel=None)
+    own, said = settle_tiers(plan_with(exchange="p2p"), LLAMA_70B_TP8, H100, exchange=None, kernel=None)
     assert own[1].exchange == "p2p" and "p2p (as asked for)" in said[0] and own[2] == tiers[2] and lines[1] == said[1]
-    over, _ = settle_tiers(plan_with(exchange="p2p"), LLAMA_70B_TP8, Machine(), exchange="a2a", kernel="reference")
+    over, _ = settle_tiers(plan_with(exchange="p2p"), LLAMA_70B_TP8, H100, exchange="a2a", kernel="reference")
     assert [tier.exchange for tier in over] == ["a2a"] * 3 and {tier.kernel for tier in over} == {"reference"}
 
 
@@ -77,33 +79,22 @@ def test_the_true_reason_why_latents_cannot_be_exchanged_reaches_the_user(monkey
 
 
 def test_without_a_device_the_first_that_can_be_used_is_taken():
-    tiers, lines = settle_tiers(plan_with(), DEEPSEEK_V2, None, exchange=None, kernel=None)
+    tiers, lines = settle_tiers(plan_with(), DEEPSEEK_V2.attention, None, exchange=None, kernel=None)
     assert [tier.exchange for tier in tiers] == ["a2a"] * 3 and all("no CUDA device" in line for line in lines)
 
 
 def test_zigzag_that_does_not_divide_is_not_chosen():
     tiers = [Tier(packing_length=64), Tier(packing_length=126, cp_degree=2)]
     plan = plan_of([(0, 0, 0, 1, [0])], tiers=tiers, lengths=np.array([100]), num_ranks=2)
-    found, _ = settle_tiers(plan, LLAMA_70B_TP8, Machine(), exchange=None, kernel=None)
+    found, _ = settle_tiers(plan, LLAMA_70B_TP8, H100, exchange=None, kernel=None)
     assert found[1].exchange == "a2a" and not found[1].is_zigzag
 
 
 def arguments(**changes: object) -> SimpleNamespace:
     values = {
         "num_attention_heads": 64, "group_query_attention": True, "num_query_groups": 8, "kv_channels": 128,
-        "hidden_size": 8192, "multi_latent_attention": False, "tensor_model_parallel_size": 8,
+        "hidden_size": 8192, "multi_latent_attention": False, "tensor_model_parallel_size": 8, "num_layers": 2,
+        "num_experts": None, "swiglu": True, "ffn_hidden_size": 28_672, "padded_vocab_size": 128_256,
+        "untie_embeddings_and_output_weights": True,
     }  # fmt: skip
     return SimpleNamespace(**values | changes)
-
-
-def test_shapes_come_from_megatrons_arguments():
-    whole = attention_shape(arguments())
-    assert (whole.num_query_heads, whole.num_kv_heads) == (64, 8) and whole.on_tensor_parallel_rank(8) == LLAMA_70B_TP8
-    plain = attention_shape(arguments(group_query_attention=False, kv_channels=None, tensor_model_parallel_size=1))
-    assert (plain.num_query_heads, plain.num_kv_heads, plain.qk_width) == (64, 64, 128)
-    mla = {
-        "multi_latent_attention": True, "num_attention_heads": 128, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64,
-        "v_head_dim": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "tensor_model_parallel_size": 1,
-    }  # fmt: skip
-    assert attention_shape(arguments(**mla)) == DEEPSEEK_V2
-    assert attention_shape(arguments(**mla | {"q_lora_rank": None})).q_latent == 8192

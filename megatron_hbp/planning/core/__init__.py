@@ -1,0 +1,1 @@
+"""What everything in planning/ speaks of: tiers, exchanges, plans, models, machines, files."""

@@ -1,0 +1,1 @@
+"""Packs into steps, slots and ranks."""

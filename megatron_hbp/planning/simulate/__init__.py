@@ -1,0 +1,1 @@
+"""An epoch of a plan on a cluster, second by second."""
