@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from megatron_hbp.platform.malloc import M_MMAP_MAX, M_TRIM_THRESHOLD
+from megatron_hbp.profiling.main import parse_quietly
 from megatron_hbp.profiling.options import ProfileOptions
-from megatron_hbp.runtime.arguments import platform_flags
-from megatron_hbp.training.main import leave
+from megatron_hbp.runtime.program import leave
 
 M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h."""
@@ -27,13 +27,13 @@ def main() -> None:
     tokens, cp_degree, recompute, result = os.environ["HBP_RSS"].split()
     argv = sys.argv[1:]
     options = ProfileOptions.from_argv(argv)
-    platform_flags()  # before anything of Megatron-LM is imported
+    args = parse_quietly(argv, options)
     from megatron_hbp.planning.cost.profile_table import Setting
     from megatron_hbp.profiling.measure import agree
     from megatron_hbp.profiling.packs import plan_of_one_pack
     from megatron_hbp.profiling.session import build
 
-    session = build(argv, options)
+    session = build(args, options)
     mallopt = ctypes.CDLL(None).mallopt
     for parameter, value in ((M_MMAP_MAX, 1 << 20), (M_MMAP_THRESHOLD, 1 << 16), (M_TRIM_THRESHOLD, 1 << 16)):
         mallopt(parameter, value)

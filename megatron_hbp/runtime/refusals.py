@@ -114,7 +114,7 @@ def refuse(argv: Sequence[str], implied: Sequence[str], subject: str, *tables: T
         subject: what the flags cannot be used with.
         tables: reasons and flags.
     """
-    actions, defaults = _megatron_lm()
+    actions, defaults = _actions(), megatron_defaults()
     ours, users = (_given(words) for words in (implied, argv))
     for table in tables:
         for reason, flags in table.items():
@@ -126,10 +126,9 @@ def refuse(argv: Sequence[str], implied: Sequence[str], subject: str, *tables: T
 
 def _given(argv: Sequence[str]) -> dict[str, Any]:
     """Megatron-LM's arguments that a command line sets, without defaults."""
-    actions, _ = _megatron_lm()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error = misuse  # type: ignore[method-assign]
-    for action in {id(action): action for action in actions.values()}.values():
+    for action in {id(action): action for action in _actions().values()}.values():
         parser._add_action(action)
     return vars(parser.parse_known_args(list(argv))[0])
 
@@ -139,13 +138,21 @@ def misuse(message: str) -> NoReturn:
     raise ConfigError(f"{message}; see --help")
 
 
+def megatron_defaults() -> dict[str, Any]:
+    """Argument of Megatron-LM -> default."""
+    return {action.dest: action.default for action in _parser()._actions}
+
+
 @functools.cache
-def _megatron_lm() -> tuple[dict[str, argparse.Action], dict[str, Any]]:
-    """(option -> action that has no default, argument -> default) of Megatron-LM."""
+def _actions() -> dict[str, argparse.Action]:
+    """Option of Megatron-LM -> its action, without a default."""
+    actions = _parser()._actions
+    for action in actions:
+        action.default = argparse.SUPPRESS
+    return {option: action for action in actions for option in action.option_strings}
+
+
+def _parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
-    defaults = {action.dest: action.default for action in parser._actions}
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return {option: action for action in parser._actions for option in action.option_strings}, defaults
+    return add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))

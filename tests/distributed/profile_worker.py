@@ -5,7 +5,7 @@ import os
 import torch
 
 from megatron_hbp.profiling import main
-from megatron_hbp.runtime.arguments import platform_flags
+from megatron_hbp.runtime.program import platform_flags
 
 
 def break_one_row() -> None:

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from megatron_hbp.data.store import TokenStore
-from megatron_hbp.planning import planfile
-from megatron_hbp.planning.plan import DataFingerprint, Plan
-from megatron_hbp.planning.types import parse_tiers
+from megatron_hbp.planning.core import planfile
+from megatron_hbp.planning.core.plan import DataFingerprint, Plan
+from megatron_hbp.planning.core.samples import Samples
+from megatron_hbp.planning.core.tiers import parse_tiers
 from tests.distributed.conftest import Ended, steps_of, write_store
 from tests.equivalence.plans import plan_of
 
@@ -113,7 +114,7 @@ def plan_for(num_ranks: int, store: TokenStore, *, first_step: int = 0) -> Plan:
                 slot, place = slot + (place + 1) // num_ranks, (place + 1) % num_ranks
             sample += 1
     plan = plan_of(packs, tiers=tiers, lengths=store.lengths, num_ranks=num_ranks)
-    return replace(plan, data=DataFingerprint.of(store.lengths, store.fingerprint))
+    return replace(plan, data=DataFingerprint.of(Samples.of(store.lengths, store_fingerprint=store.fingerprint)))
 
 
 @dataclass(frozen=True, kw_only=True)

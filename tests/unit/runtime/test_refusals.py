@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.runtime.refusals import PACKED, PLANNED, PROFILED, _megatron_lm, refuse
+from megatron_hbp.runtime.refusals import PACKED, PLANNED, PROFILED, _actions, megatron_defaults, refuse
 
 TABLES = {"packed": PACKED, "planned": PLANNED, "profiled": PROFILED}
 CASES = [
@@ -22,16 +22,14 @@ def words_for(action: argparse.Action) -> list[str]:
         return []
     if action.option_strings[0] in ENUMERATIONS:
         return [ENUMERATIONS[action.option_strings[0]]]
-    _, defaults = _megatron_lm()
     if action.choices:
-        return [next(str(value) for value in action.choices if value != defaults[action.dest])]
+        return [next(str(value) for value in action.choices if value != megatron_defaults()[action.dest])]
     return ["0.37" if action.type is float else "77"] * (action.nargs if isinstance(action.nargs, int) else 1)
 
 
 @pytest.mark.parametrize("flag, reason, table", CASES)
 def test_flag_is_refused_with_its_reason(flag, reason, table):
-    actions, _ = _megatron_lm()
-    argv = ["--num-layers", "2", flag, *words_for(actions[flag]), "--bf16"]
+    argv = ["--num-layers", "2", flag, *words_for(_actions()[flag]), "--bf16"]
     with pytest.raises(ConfigError) as refused:
         refuse(argv, IMPLIED, "--hbp-plan", table)
     assert str(refused.value) == f"{flag} cannot be used with --hbp-plan: {reason}"
