@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from megatron_hbp.platform.malloc import M_MMAP_MAX, M_TRIM_THRESHOLD
-from megatron_hbp.profiling.options import ProfileOptions, implied_flags
-from megatron_hbp.training.main import leave, platform_flags
+from megatron_hbp.profiling.main import parse_quietly
+from megatron_hbp.profiling.options import ProfileOptions
+from megatron_hbp.runtime.program import leave
 
 M_MMAP_THRESHOLD = -3
 """From glibc's malloc.h."""
@@ -24,14 +25,15 @@ M_MMAP_THRESHOLD = -3
 def main() -> None:
     """Write {"growth": bytes of the fullest rank} from rank 0."""
     tokens, cp_degree, recompute, result = os.environ["HBP_RSS"].split()
-    options = ProfileOptions.from_argv(sys.argv[1:])
-    sys.argv[1:] = platform_flags() + implied_flags(options) + sys.argv[1:]
+    argv = sys.argv[1:]
+    options = ProfileOptions.from_argv(argv)
+    args = parse_quietly(argv, options)
     from megatron_hbp.planning.cost.profile_table import Setting
     from megatron_hbp.profiling.measure import agree
     from megatron_hbp.profiling.packs import plan_of_one_pack
     from megatron_hbp.profiling.session import build
 
-    session = build(options)
+    session = build(args, options)
     mallopt = ctypes.CDLL(None).mallopt
     for parameter, value in ((M_MMAP_MAX, 1 << 20), (M_MMAP_THRESHOLD, 1 << 16), (M_TRIM_THRESHOLD, 1 << 16)):
         mallopt(parameter, value)

@@ -17,6 +17,8 @@ class HbpError(Exception):
     """Root of everything that megatron_hbp raises on purpose."""
 
     exit_code = 70
+    is_everywhere = False
+    """Whether all ranks raise it, so that one of them is enough to print it."""
 
 
 class DataError(HbpError):
@@ -49,3 +51,9 @@ class StopRequested(HbpError):
 
 class DivergedError(HbpError):
     """A loss or a gradient is not finite."""
+
+
+def everywhere[E: HbpError](error: E) -> E:
+    """`error`, for a raise that all ranks come to."""
+    error.is_everywhere = True
+    return error

@@ -57,39 +57,37 @@ def supervised_token_losses(
         context: the supervised positions.
         scale_logits: the model's logit scaling (MuP).
     """
-    with _whole_sequence(output_layer, hidden_states) as hidden_states:
-        rows = hidden_states.squeeze(1).index_select(0, context.local)  # [r, h]
-        if context.cp_group is not None:
-            rows = _Spread.apply(rows, context.rows_to, context.rows_from, context.cp_group)  # [q, h]
+    if output_layer.sequence_parallel:
+        # before rows are chosen; the projection's backward adds up over the tensor-parallel ranks, this one only cuts
+        hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False
+        )
+    rows = hidden_states.squeeze(1).index_select(0, context.local)  # [r, h]
+    if context.cp_group is not None:
+        rows = _Spread.apply(rows, context.rows_to, context.rows_from, context.cp_group)  # [q, h]
 
-        def losses_of(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def losses_of(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with _on_whole_sequence(output_layer):  # inside, for a chunk comes here once more in the backward
             logits, _ = output_layer(rows[:, None], weight=output_weight)
-            return cross_entropy(scale_logits(logits).squeeze(1), labels)
+        return cross_entropy(scale_logits(logits).squeeze(1), labels)
 
-        chunks = list(zip(rows.split(CHUNK_ROWS), context.labels.split(CHUNK_ROWS), strict=True))
-        if not torch.is_grad_enabled():
-            return torch.cat([losses_of(*chunk) for chunk in chunks])
-        # the backward begins with the last chunk: its logits are kept, there are no others yet
-        losses = [checkpoint(losses_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks[:-1]]
-        return torch.cat([*losses, losses_of(*chunks[-1])])
+    chunks = list(zip(rows.split(CHUNK_ROWS), context.labels.split(CHUNK_ROWS), strict=True))
+    if not torch.is_grad_enabled():
+        return torch.cat([losses_of(*chunk) for chunk in chunks])
+    # the backward begins with the last chunk: its logits are kept, there are no others yet
+    losses = [checkpoint(losses_of, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks[:-1]]
+    return torch.cat([*losses, losses_of(*chunks[-1])])
 
 
 @contextlib.contextmanager
-def _whole_sequence(output_layer: Any, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Under sequence parallelism, gather the sequence before rows are chosen, not in the projection.
-
-    The projection then sums its input's gradient over the tensor-parallel ranks itself, and the gather's backward has
-    only to cut out this rank's part.
-    """
-    if not output_layer.sequence_parallel:
-        yield hidden_states
-        return
-    reduces = output_layer.allreduce_dgrad
-    output_layer.sequence_parallel, output_layer.allreduce_dgrad = False, True
+def _on_whole_sequence(output_layer: Any) -> Iterator[None]:
+    """Have the projection take rows of the whole sequence, and add up the gradients of its input, for one call."""
+    parallel, reduces = output_layer.sequence_parallel, output_layer.allreduce_dgrad
+    output_layer.sequence_parallel, output_layer.allreduce_dgrad = False, parallel or reduces
     try:
-        yield tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        yield
     finally:
-        output_layer.sequence_parallel, output_layer.allreduce_dgrad = True, reduces
+        output_layer.sequence_parallel, output_layer.allreduce_dgrad = parallel, reduces
 
 
 class _Spread(torch.autograd.Function):

@@ -6,13 +6,14 @@ together would nest, so a policy is one or the other.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
-from megatron_hbp.errors import ConfigError
+from megatron_hbp.errors import ConfigError, everywhere
 from megatron_hbp.model.context import MicroBatchContext, capture_context
 from megatron_hbp.planning.core.tiers import Recompute
 
@@ -31,30 +32,63 @@ FLAGS: dict[str, tuple[str, ...]] = {
 class RecomputeSwitch:
     """Sets the recompute policy of a model's chunks; setting the policy that is already set costs nothing."""
 
-    def __init__(self, chunks: Iterable[torch.nn.Module]):
+    def __init__(self, chunks: Iterable[torch.nn.Module] = ()):
+        """For `chunks`, and those that `take` brings later: a run has its switch before it has its model."""
         self._policy: Recompute | None = None
         self._chosen: frozenset[str] | None = None
         self._configs: list[Any] = []
         self._owners: list[tuple[torch.nn.Module, str, str]] = []
+        # module name -> (attributes of an owner, flag): writing there takes 10 us for 32 layers, Module.__setattr__ 300
+        self._flags: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        self._add(chunks)
+
+    def take(self, chunks: list[torch.nn.Module], policies: Mapping[str, Recompute]) -> list[torch.nn.Module]:
+        """Add the chunks of a model that has just been built, check the policies of the run, and return the chunks.
+
+        A hook of Megatron-LM's model config (`pre_wrap_hooks`); raises what `check` raises.
+        """
+        self._add(chunks)
+        self.check(policies)
+        return chunks
+
+    def _add(self, chunks: Iterable[torch.nn.Module]) -> None:
         for chunk in chunks:
             for module in chunk.modules():
                 config = getattr(module, "config", None)
                 if config is not None and all(config is not known for known in self._configs):
                     self._configs.append(config)  # some modules hold a deep copy of their own
                 for name, flags in FLAGS.items():
-                    self._owners += [(module, flag, name) for flag in flags if _owns(module, flag)]
-        # module name -> (attributes of an owner, flag): writing there takes 10 us for 32 layers, Module.__setattr__ 300
-        self._flags: dict[str, list[tuple[dict[str, Any], str]]] = {}
-        for module, flag, name in self._owners:
-            self._flags.setdefault(name, []).append((module.__dict__, flag))
+                    for flag in flags:
+                        if _owns(module, flag):
+                            self._owners.append((module, flag, name))
+                            self._flags.setdefault(name, []).append((module.__dict__, flag))
 
-    def check(self, policy: Recompute) -> None:
-        """Raise ConfigError where a policy names a module that this model doesn't have."""
-        available = {name for _, _, name in self._owners}
-        for name in policy.modules:
-            if name not in available:
-                raise ConfigError(
-                    f"a tier recomputes {name!r}, which this model does not have; it has {', '.join(sorted(available))}"
+    def check(self, policies: Mapping[str, Recompute]) -> None:
+        """Raise ConfigError on all ranks where a policy is none for this model. Collective over the pipeline stages.
+
+        Megatron-LM takes the name of a module that the model lacks, and recomputes nothing.
+
+        Args:
+            policies: by what a message is to call them, for example "tier 16384:cp1:sel=mlp".
+        """
+        every = [{name for _, _, name in self._owners}]
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() > 1:  # stages differ: the first layers of a DeepSeek are dense
+            here, every = every[0], every * group.size()
+            dist.all_gather_object(every, here, group=group)
+        available = sorted(set().union(*every))
+        for who, policy in policies.items():
+            for name in policy.modules:
+                if name not in available:
+                    raise everywhere(
+                        ConfigError(
+                            f"{who} recomputes {name!r}, which this model does not have as a module of its own; it has "
+                            f"{', '.join(available)}"
+                        )
+                    )
+            if policy.num_layers > (layers := self._configs[0].num_layers):
+                raise everywhere(
+                    ConfigError(f"{who} recomputes {policy.num_layers} layers, which is more than the model's {layers}")
                 )
 
     def __call__(self, context: MicroBatchContext) -> None:

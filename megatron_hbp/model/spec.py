@@ -6,7 +6,7 @@ builds which part.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from megatron_hbp.model.mla import PackedMLASelfAttention
 from megatron_hbp.model.norm import SequenceParallelRMSNorm
 from megatron_hbp.model.rotary import localise
 from megatron_hbp.model.router import PackedRouter
-from megatron_hbp.planning.core.exchanges import EXCHANGES
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -64,16 +63,12 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
     return spec
 
 
-def with_packed_model(config: GPTModelConfig, exchanges: Collection[str] = ()) -> GPTModelConfig:
-    """`config` set up so that the models built from it work on packs, under the `exchanges` of the tiers.
-
-    Raises:
-        ConfigError: an exchange of latents that this model cannot have.
-    """
-    latent = sorted(name for name in exchanges if EXCHANGES[name].needs_latents)
-    why = why_no_latents(config.transformer)
-    if latent and why:
-        raise ConfigError(f"a tier has exchange={latent[0]}, but {why}, or leave the exchange out")
+def with_packed_model(config: GPTModelConfig) -> GPTModelConfig:
+    """`config` set up so that the models built from it work on packs."""
+    if config.transformer.multi_latent_attention:
+        # its fused kernels rotate token i by row i of a table that the YaRN module keeps, and exist for YaRN only; that
+        # of grouped-query attention rotates by the frequencies it is handed, which are those of the local positions
+        config.transformer.apply_rope_fusion = False
     config.transformer_layer_spec = layer_spec
     config.pre_wrap_hooks.append(_localise_rotary)
     return config

@@ -246,6 +246,36 @@ def gloo_split_sizes_are_ints() -> None:
     setattr(torch.distributed, "all_to_all_single", call)  # noqa: B010
 
 
+@patch("gloo wants equal parts in all_gather and reduce_scatter; experts under TP hand over unequal ones")
+def gloo_takes_unequal_parts() -> None:
+    """Gather and reduce-scatter parts of unequal length in the first dimension through all_to_all_single."""
+    distributed: Any = torch.distributed
+    all_gather, reduce_scatter = distributed.all_gather, distributed.reduce_scatter
+
+    @functools.wraps(all_gather)
+    def gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        sizes = [len(part) for part in tensor_list]
+        if len(set(sizes)) == 1:
+            return all_gather(tensor_list, tensor, group=group, **kwargs)
+        received = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
+        sent = torch.cat([tensor] * len(sizes))
+        distributed.all_to_all_single(received, sent, sizes, [len(tensor)] * len(sizes), group=group)
+        for part, gathered in zip(tensor_list, received.split(sizes), strict=True):
+            part.copy_(gathered)
+
+    @functools.wraps(reduce_scatter)
+    def scatter(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any):
+        sizes = [len(part) for part in input_list]
+        if len(set(sizes)) == 1:
+            return reduce_scatter(output, input_list, *args, group=group, **kwargs)
+        received = output.new_empty((len(sizes), *output.shape))
+        mine = [len(output)] * len(sizes)
+        distributed.all_to_all_single(received.flatten(0, 1), torch.cat(input_list), mine, sizes, group=group)
+        output.copy_(received.sum(dim=0))
+
+    distributed.all_gather, distributed.reduce_scatter = gather, scatter
+
+
 # ---------------------------------------------------------------- megatron
 
 
@@ -257,6 +287,14 @@ def initialize_without_cuda() -> None:
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     # _initialize_distributed() sets up model parallelism only where device_count() > 0
     torch.cuda.device_count = lambda: 1
+
+
+@patch("validate_args() asks device 0 for its architecture where TP > 1: up to 9 it requires one hardware queue")
+def no_hardware_queues() -> None:
+    """Answer with an architecture of which Megatron-LM requires nothing (10, Blackwell)."""
+    from megatron.training import arguments
+
+    arguments.get_device_arch_version = lambda: 10
 
 
 @patch("the wheel has no Makefile for the dataset helpers: compile_helpers() would end the process")

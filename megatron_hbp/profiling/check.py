@@ -1,9 +1,8 @@
 """Time every pack of a plan that the fit never saw, and set it beside what the cost model says."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -16,18 +15,10 @@ from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.profiling.measure import DoesNotFitError, RanksStuckError, gangs_by_rank, time_repeats
 from megatron_hbp.profiling.progress import counted
 from megatron_hbp.profiling.session import Session
+from megatron_hbp.report.profile_tables import print_check
 
 REPEATS = 11
 KIND = "hbp profile check"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """Packs of one plan: modelled and measured seconds, all [packs]."""
-
-    plan: Plan
-    predicted: np.ndarray
-    measured: np.ndarray
 
 
 def load_plan(session: Session, path: Path) -> Plan:
@@ -44,7 +35,7 @@ def load_plan(session: Session, path: Path) -> Plan:
     return plan
 
 
-def check_plan(session: Session, plan: Plan, path: Path, cost: CostModel) -> Checked | None:
+def check_plan(session: Session, plan: Plan, path: Path, cost: CostModel) -> None:
     """Run every slot of the plan of `path` `REPEATS` times; rank 0 writes and prints. Collective.
 
     Raises:
@@ -68,17 +59,21 @@ def check_plan(session: Session, plan: Plan, path: Path, cost: CostModel) -> Che
             first = int(plan.pack_rank0[pack])
             measured[pack] = ranks[first : first + int(plan.pack_cp[pack])].max()
     if dist.get_rank():
-        return None
+        return
     # a cost model prices an exchange that a tier leaves open as a2a; what ran is the profile's
     tiers = [replace(tier, exchange=session.header.exchange) for tier in plan.tiers]
     predicted = cost.pack_seconds(tiers, plan.pack_tier, plan.pack_tokens, plan.pack_squares)
-    checked = Checked(plan=plan, predicted=predicted, measured=measured)
-    _write(checked, session.options.out, path)
-    from megatron_hbp.report.profile_tables import print_check
-
-    print_check(checked.plan, checked.predicted, checked.measured)
+    rows = [
+        {"tier": str(plan.tiers[plan.pack_tier[i]]), "tokens": int(plan.pack_tokens[i]),
+         "squares": int(plan.pack_squares[i]), "samples": int(plan.pack_offsets[i + 1] - plan.pack_offsets[i]),
+         "predicted": float(predicted[i]), "measured": float(measured[i])}
+        for i in range(plan.num_packs)
+    ]  # fmt: skip
+    target = session.options.out.with_name(f"{session.options.out.name.removesuffix('.json')}.check.json")
+    values = {"kind": KIND, "version": 1, "plan": str(path), "plan_hash": plan.hash, "packs": rows}
+    write_json(values, target, "comparison", "--hbp-profile-out")
+    print_check(plan, predicted, measured)
     sys.stdout.flush()
-    return checked
 
 
 def _slot(plan: Plan, step: int, slot: int) -> Plan:
@@ -86,16 +81,3 @@ def _slot(plan: Plan, step: int, slot: int) -> Plan:
     packs = np.flatnonzero((plan.pack_step == step) & (plan.pack_slot == slot))
     first = np.zeros(len(packs), np.int64)
     return plan.subset(packs, step=first, slot=first, rank0=plan.pack_rank0[packs], schedule="lockstep")
-
-
-def _write(checked: Checked, out: Path, plan_path: Path) -> None:
-    plan = checked.plan
-    rows: list[dict[str, Any]] = [
-        {"tier": str(plan.tiers[plan.pack_tier[i]]), "tokens": int(plan.pack_tokens[i]),
-         "squares": int(plan.pack_squares[i]), "samples": int(plan.pack_offsets[i + 1] - plan.pack_offsets[i]),
-         "predicted": float(checked.predicted[i]), "measured": float(checked.measured[i])}
-        for i in range(plan.num_packs)
-    ]  # fmt: skip
-    target = out.with_name(f"{out.name.removesuffix('.json')}.check.json")
-    values = {"kind": KIND, "version": 1, "plan": str(plan_path), "plan_hash": plan.hash, "packs": rows}
-    write_json(values, target, "comparison", "--hbp-profile-out")

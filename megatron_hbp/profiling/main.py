@@ -1,170 +1,40 @@
-"""Build and run: from a command line to a profile table, a fitted cost model and its errors."""
+"""From a command line to a profile."""
 
-import os
-import sys
-import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch.distributed as dist
-
-from megatron_hbp.errors import DataError, HbpError, StopRequested
-from megatron_hbp.planning.cost import file as cost_file
-from megatron_hbp.planning.cost import profile_table
-from megatron_hbp.planning.cost.fit import ProfileFit, fit_profile
-from megatron_hbp.planning.cost.profile_memory import predict_fit, with_limit
-from megatron_hbp.planning.cost.profile_table import Measurement, ProfileTable, Setting
-from megatron_hbp.profiling.options import ProfileOptions, implied_flags
-from megatron_hbp.training.main import fail, leave, platform_flags
-
-PROGRAM = "hbp profile"
+from megatron_hbp.planning.cost.profile_table import ProfileTable
+from megatron_hbp.profiling.options import PROGRAM, ProfileOptions, add_arguments, implied_flags
+from megatron_hbp.runtime.program import leave, parse, run_program
+from megatron_hbp.runtime.refusals import PACKED, PROFILED
 
 
 def main() -> None:
     """Profile; a known error ends in one line and its exit code."""
-    try:
-        run(sys.argv[1:])
-    except HbpError as error:
-        fail(error, PROGRAM)
+    run_program(run, PROGRAM)
 
 
-def run(argv: list[str]) -> ProfileTable:
-    """Measure what the table lacks, fit, write both files. Collective over the world.
-
-    Raises:
-        HbpError: a mistake in flags, a table of another model or machine, a file that can't be written.
-        StopRequested: ranks wait for each other after one ran out of memory; the row is noted, start again to go on.
-    """
+def run(argv: Sequence[str]) -> ProfileTable:
+    """Measure, fit and write; see `rows.profile`."""
     options = ProfileOptions.from_argv(argv)
-    # megatron.training reads sys.argv; later flags win, so the user's go last
-    sys.argv[1:] = platform_flags() + implied_flags(options) + argv
-    from megatron_hbp.profiling.session import build
+    args = parse_quietly(argv, options)
+    from megatron_hbp.profiling.rows import profile
 
-    session = build(options)
-    from megatron_hbp.profiling.check import check_plan, load_plan
-
-    plan: Any = None
-    if options.check is not None:
-        plan = _from_rank_0(session, partial(load_plan, session, options.check))
-    table = _fill(session, _begin(session))
-    fitted: list[Any] = [_fit(table, options) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(fitted, src=0, group=session.control)
-    if plan is not None and options.check is not None and fitted[0] is not None:
-        check_plan(session, plan, options.check, fitted[0].cost)
+    table = profile(args, options)
     leave()
     return table
 
 
-def _begin(session: Any) -> ProfileTable:
-    """The table as it is on disk, or an empty one; rank 0 reads, all get the same."""
-    table: ProfileTable = _from_rank_0(session, partial(_open, session.options, session))
-    if session.yardstick is not None:
-        session.yardstick.reference = table.yardstick
-    return table
+def parse_quietly(argv: Sequence[str], options: ProfileOptions) -> Any:
+    """Megatron-LM's arguments, without its hundreds of lines about them on the terminal."""
+    with quiet():
+        return parse(argv, add_arguments, implied_flags(options), f"`{PROGRAM}`", PACKED, PROFILED)
 
 
-def _from_rank_0(session: Any, read: Callable[[], Any]) -> Any:
-    """What `read` returns on rank 0; a known error ends all ranks in one line. Collective over the world."""
-    result: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = [read()]
-        except HbpError as error:
-            result = [error]
-    dist.broadcast_object_list(result, src=0, group=session.control)
-    if isinstance(result[0], HbpError):
-        _fail_together(result[0])
-    return result[0]
-
-
-def _open(options: ProfileOptions, session: Any) -> ProfileTable:
-    speed = session.yardstick.reference if session.yardstick is not None else None
-    table = ProfileTable(header=session.header, memory_limit=session.memory_limit, yardstick=speed)
-    if options.out.exists():
-        found = profile_table.load(options.out)
-        profile_table.check_header(found.header, session.header, options.out)
-        table = with_limit(found, session.memory_limit)
-    if options.failure_note.exists():
-        tokens, degree, recompute, shape = options.failure_note.read_text(encoding="utf-8").split()
-        failed: Any = Setting(tokens=int(tokens), cp_degree=int(degree), recompute=recompute, shape=shape)  # type: ignore[arg-type]
-        table = table.with_row(_refused(failed, "out of memory on one rank, the others were in an exchange"))
-    profile_table.save(table, options.out)  # a place that can't be written is told now, not after an hour
-    options.failure_note.unlink(missing_ok=True)
-    return table
-
-
-def _fill(session: Any, table: ProfileTable) -> ProfileTable:
-    """Run or refuse every setting that the table lacks; the file is whole after each row."""
-    from megatron_hbp.profiling.grid import settings
-    from megatron_hbp.profiling.measure import RanksStuckError, measure
-    from megatron_hbp.profiling.progress import Progress
-
-    options: ProfileOptions = session.options
-    args = session.args
-    degrees = options.degrees(session.num_ranks)
-    # tensor-parallel ranks cut the sequence under sequence parallelism
-    unit = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    every = settings(options.lengths, degrees, session.policies, unit=unit, most_local=options.most_local)
-    missing = [setting for setting in every if table.find(setting) is None]
-    is_warm = False
-    with Progress(every, missing, table.header.model, show=dist.get_rank() == 0) as progress:
-        for setting in missing:
-            refused = predict_fit(table, setting).refused
-            if refused:
-                row = _refused(setting, refused)
-            else:
-                try:
-                    row, is_warm = measure(session, setting, is_warm=is_warm), True
-                except RanksStuckError:
-                    _stop(options, setting)
-                except RuntimeError:
-                    if options.failure_note.exists():  # a rank out of memory has left; the launcher ends this one
-                        time.sleep(30)
-                        fail(StopRequested("a rank ran out of memory; its row is noted"), PROGRAM)  # on another node
-                    raise
-            table = table.with_row(row)
-            if dist.get_rank() == 0:
-                profile_table.save(table, options.out)
-            progress.advance(row)
-    return table
-
-
-def _refused(setting: Setting, why: str) -> Measurement:
-    return Measurement(
-        tokens=setting.tokens, cp_degree=setting.cp_degree, recompute=setting.recompute, shape=setting.shape,
-        squares=setting.squares, seconds=None, repeats=0, spread=0.0, peak_bytes=None, fits=False, why=why,
-    )  # fmt: skip
-
-
-def _stop(options: ProfileOptions, setting: Setting) -> NoReturn:
-    """Note what did not fit, and end all ranks: those in an exchange cannot be called back from it."""
-    note = f"{setting.tokens} {setting.cp_degree} {setting.recompute} {setting.shape}\n"
-    options.failure_note.write_text(note, encoding="utf-8")
-    error = StopRequested(
-        f"out of memory at {setting} while other ranks wait in an exchange; noted: run the same command again to go on"
-    )
-    fail(error, PROGRAM)
-
-
-def _fail_together(error: HbpError) -> NoReturn:
-    """A mistake that all ranks know of: one line, from rank 0, which leaves first."""
-    if dist.get_rank():
-        time.sleep(3)
-        os._exit(error.exit_code)
-    fail(error, PROGRAM)
-
-
-def _fit(table: ProfileTable, options: ProfileOptions) -> ProfileFit | None:
-    """Fit, write the cost model and print the errors; a table with too few rows is a table all the same."""
-    from megatron_hbp.report.profile_tables import print_fit
-
-    try:
-        fit = fit_profile(table, name=options.cost_file.name.removesuffix(".json"))
-    except DataError as error:
-        print(f"{PROGRAM}: no cost model: {error}", file=sys.stderr, flush=True)
-        return None
-    cost_file.save(fit.cost, options.cost_file)
-    print_fit(table, fit, Path(options.out), options.cost_file)
-    return fit
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what Megatron-LM prints off the terminal."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

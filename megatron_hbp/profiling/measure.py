@@ -1,10 +1,9 @@
 """One micro-batch on all ranks, timed and weighed; memory that runs out on one rank ends the row on all of them."""
 
-import contextlib
 import gc
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -42,9 +41,6 @@ def measure(session: Session, setting: Setting, *, is_warm: bool) -> Measurement
     Threads, rotary tables and libraries are made at first use and belong to no row: where nothing has run yet
     (`is_warm` is False), one run more goes before.
     """
-    row: dict[str, Any] = {"tokens": setting.tokens, "cp_degree": setting.cp_degree, "recompute": setting.recompute,
-                           "shape": setting.shape, "squares": setting.squares}  # fmt: skip
-    nothing: dict[str, Any] = {"seconds": None, "repeats": 0, "spread": 0.0, "peak_bytes": None, "saved_bytes": None}
     feed = session.feed(plan_of_one_pack(setting.sample_lengths(), setting.tier, session.num_ranks))
     # weighing on CPU takes torch's profiler, two to three runs' time; several samples hold what one of their sum holds
     is_weighed = session.on_cuda or setting.shape == "one"
@@ -58,34 +54,34 @@ def measure(session: Session, setting: Setting, *, is_warm: bool) -> Measurement
             time_repeats(session, feed, repeats=1)  # warm-up
         times = time_repeats(session, feed)
     except DoesNotFitError:
-        return Measurement(**row, **nothing, fits=False, why="out of memory")
+        return refused(setting, "out of memory")
     finally:
         _release(session)
     seconds, spread = gang_seconds(session, times, setting.cp_degree)
     why = over_limit(peak, session.memory_limit)
+    return replace(
+        refused(setting, why), seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=peak,
+        saved_bytes=saved, fits=not why,
+    )  # fmt: skip
+
+
+def refused(setting: Setting, why: str) -> Measurement:
+    """The row of a setting that does not fit."""
     return Measurement(
-        **row, seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=peak,
-        saved_bytes=saved, fits=not why, why=why,
+        tokens=setting.tokens, cp_degree=setting.cp_degree, recompute=setting.recompute, shape=setting.shape,
+        squares=setting.squares, seconds=None, repeats=0, spread=0.0, peak_bytes=None, fits=False, why=why,
     )  # fmt: skip
 
 
 def weigh(session: Session, feed: Feed) -> tuple[int, int | None]:
     """(peak, saved) bytes of the fullest rank, saved on CPU alone; this is the warm-up too. Raises DoesNotFitError."""
     session.clear_gradients()
-    with _out_of_memory(session) as state:
-        if session.on_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(session.device)
-            session.forward_backward(feed)
-            torch.cuda.synchronize(session.device)
-            free, total = torch.cuda.mem_get_info(session.device)
-            outside = total - free - torch.cuda.memory_reserved(session.device)
-            state.peak = torch.cuda.max_memory_reserved(session.device) + outside
-        else:
-            state.peak, state.saved = allocated_peak(session, feed)
-    peak = agree(session, state.failed, state.peak)
-    saved = agree(session, False, state.saved)
-    return int(peak), None if session.on_cuda else int(saved)
+    peak, saved = _unless_out_of_memory(session, reserved_peak if session.on_cuda else allocated_peak, feed) or (
+        None,
+        0,
+    )
+    most = agree(session, peak is None, peak or 0)
+    return int(most), None if session.on_cuda else int(agree(session, False, saved))
 
 
 def time_repeats(session: Session, feed: Feed, step: int = 0, repeats: int | None = None) -> list[float]:
@@ -95,10 +91,10 @@ def time_repeats(session: Session, feed: Feed, step: int = 0, repeats: int | Non
     while len(times) < wanted:
         session.clear_gradients()
         begun = time.perf_counter()
-        with _out_of_memory(session) as state:
-            times.append(_seconds(session, feed, step))
+        seconds = _unless_out_of_memory(session, _seconds, feed, step)
         # Ranks start each repeat together: a rank that runs ahead would be timed with fewer neighbours.
-        slowest = agree(session, state.failed, time.perf_counter() - begun)
+        slowest = agree(session, seconds is None, time.perf_counter() - begun)
+        times.append(seconds or 0.0)
         if repeats is None and len(times) == 1:
             wanted = int(np.clip(session.options.seconds / slowest, LEAST_REPEATS, MOST_REPEATS))
     return times
@@ -119,10 +115,8 @@ def gangs_by_rank(session: Session, times: list[float]) -> np.ndarray:
 
     On CUDA the time from the first event to the last holds all pipeline stages; process CPU times of stages add up.
     """
-    mine = (
-        parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
-        float(np.median(times)),
-    )  # fmt: skip
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    mine = parallel_state.get_data_parallel_rank(), stage, float(np.median(times))
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine, group=session.control)
     stages = np.zeros((session.header.layout["pipeline_parallel"], session.num_ranks))
@@ -147,10 +141,7 @@ def agree(session: Session, failed: bool, value: float = 0.0) -> float:
     work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=session.control, async_op=True)
     assert work is not None
     try:
-        if failed:
-            work.wait(timedelta(seconds=session.options.patience))
-        else:
-            work.wait()
+        work.wait(timedelta(seconds=session.options.patience if failed else 0))  # 0: as long as the group's timeout
     except RuntimeError as error:
         if failed:
             raise RanksStuckError from error
@@ -160,27 +151,15 @@ def agree(session: Session, failed: bool, value: float = 0.0) -> float:
     return float(flags[1])
 
 
-@dataclass
-class _State:
-    failed: bool = False
-    peak: float = 0.0
-    saved: float = 0.0
-
-
-@contextlib.contextmanager
-def _out_of_memory(session: Session) -> Iterator[_State]:
-    """Catch what a device, torch's CPU allocator, numpy and Python raise when memory runs out."""
-    state = _State()
+def _unless_out_of_memory[T](session: Session, run: Callable[..., T], *args: Any) -> T | None:
+    """run(session, *args), or None where a device, torch's CPU allocator, numpy or Python runs out of memory."""
     try:
-        yield state
-    except (torch.OutOfMemoryError, MemoryError):
-        state.failed = True
-    except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+        return run(session, *args)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
             raise
-        state.failed = True
-    if state.failed:
-        _release(session)
+    _release(session)
+    return None
 
 
 def _release(session: Session) -> None:
@@ -207,6 +186,17 @@ def _seconds(session: Session, feed: Feed, step: int) -> float:
     end.record()
     torch.cuda.synchronize(session.device)
     return start.elapsed_time(end) / 1e3
+
+
+def reserved_peak(session: Session, feed: Feed) -> tuple[float, float]:
+    """(bytes that the allocator reserved at most, and what lies outside it, 0) of one run on a device."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(session.device)
+    session.forward_backward(feed)
+    torch.cuda.synchronize(session.device)
+    free, total = torch.cuda.mem_get_info(session.device)
+    outside = total - free - torch.cuda.memory_reserved(session.device)
+    return float(torch.cuda.max_memory_reserved(session.device) + outside), 0.0
 
 
 FORWARD_DONE = "hbp profile: forward done"

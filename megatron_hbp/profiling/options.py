@@ -5,38 +5,42 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_hbp.errors import ConfigError
-from megatron_hbp.planning.core.tiers import Recompute
 from megatron_hbp.planning.cost.file import cost_file_of
-from megatron_hbp.profiling.grid import parse_numbers, parse_policies
-from megatron_hbp.training.options import add_hbp_arguments
+from megatron_hbp.profiling.grid import parse_numbers
+from megatron_hbp.runtime.options import Flags, HbpOptions, add_flags, add_hbp_arguments, packed_flags, read_own
+
+PROGRAM = "hbp profile"
+FLAGS: Flags = {
+    "--hbp-profile-lengths": {"default": "4096,8192,16384,32768,65536", "help": "packing lengths, tokens"},
+    "--hbp-profile-cp": {"help": "CP degrees; left out, the powers of two that divide the ranks, to 8"},
+    "--hbp-profile-recompute": {
+        "help": "policies as in tiers: none,full16,sel=core_attn; left out none, half, all",
+    },
+    "--hbp-profile-out": {"default": "profile.json", "help": "profile table; FILE.cost.json lies beside it"},
+    "--hbp-profile-memory": {"type": float, "help": "GiB that may be used; left out, all of a CUDA device"},
+    "--hbp-profile-most-local": {"type": int, "help": "leave out settings with more tokens on a rank"},
+    "--hbp-profile-seconds": {"type": float, "default": 1.0, "help": "seconds to repeat a row for (4-10 runs)"},
+    "--hbp-profile-supervised": {"type": float, "default": 0.67, "help": "share of tokens with a loss"},
+    "--hbp-profile-check": {"help": "a plan: time its packs too, and compare with what the fit says of them"},
+    "--hbp-profile-patience": {
+        "type": float,
+        "default": 60.0,
+        "help": "seconds a rank that is out of memory waits for the others before all are started anew",
+    },
+}
+TRAINING = ("--hbp-plan", "--hbp-store", "--hbp-valid-plan", "--hbp-valid-store", "--hbp-read-ahead", "--hbp-metrics")
+"""Flags of ours that a profile has no use for; it has some for kernel, exchange and bandwidths."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron-LM's `extra_args_provider`: ours for training (kernel, exchange, bandwidths), and the profile's own."""
-    parser = add_hbp_arguments(parser)
-    group = parser.add_argument_group("hbp profile", "What to measure, and where the table goes.")
-    group.add_argument("--hbp-profile-lengths", default="4096,8192,16384,32768,65536", help="packing lengths, tokens")
-    group.add_argument("--hbp-profile-cp", help="CP degrees; left out, the powers of two that divide the ranks, to 8")
-    group.add_argument(
-        "--hbp-profile-recompute", help="policies as in tiers: none,full16,sel=core_attn; left out none, half, all"
-    )
-    group.add_argument("--hbp-profile-out", default="profile.json", help="profile table; FILE.cost.json lies beside it")
-    group.add_argument("--hbp-profile-memory", type=float, help="GiB that may be used; left out, all of a CUDA device")
-    group.add_argument("--hbp-profile-most-local", type=int, help="leave out settings with more tokens on a rank")
-    group.add_argument("--hbp-profile-seconds", type=float, default=1.0, help="seconds to repeat a row for (4-10 runs)")
-    group.add_argument("--hbp-profile-supervised", type=float, default=0.67, help="share of tokens with a loss")
-    group.add_argument(
-        "--hbp-profile-check", help="a plan: time its packs too, and compare with what the fit says of them"
-    )
-    group.add_argument(
-        "--hbp-profile-patience", type=float, default=60.0,
-        help="seconds a rank that is out of memory waits for the others before all are started anew",
-    )  # fmt: skip
+    """Megatron-LM's `extra_args_provider`."""
+    add_flags(add_hbp_arguments(parser), "hbp profile", "What to measure, and where the table goes.", FLAGS)
     return parser
 
 
@@ -56,15 +60,15 @@ class ProfileOptions:
     supervised: float
     check: Path | None
     patience: float
+    hbp: HbpOptions
+    """Kernel, exchange and bandwidths, as for training."""
 
     @staticmethod
-    def from_argv(argv: list[str]) -> "ProfileOptions":
-        """Read `--hbp-profile-*` from a command line that has other flags too. Raises ConfigError."""
-        args, _ = add_arguments(_Parser(add_help=False, allow_abbrev=False)).parse_known_args(argv)
-        for flag in ("plan", "store", "valid_plan", "valid_store", "metrics"):
-            if getattr(args, f"hbp_{flag}") is not None:
-                name = flag.replace("_", "-")
-                raise ConfigError(f"--hbp-{name} is for training: `hbp profile` makes its own data; leave it out")
+    def from_argv(argv: Sequence[str]) -> "ProfileOptions":
+        """Read `--hbp-*` from a command line that has other flags too. Raises ConfigError."""
+        args, changed = read_own(argv, add_arguments)
+        for flag in set(TRAINING).intersection(changed):
+            raise ConfigError(f"{flag} is for training: `hbp profile` makes its own data; leave it out")
         if not 0 < args.hbp_profile_supervised <= 1:
             raise ConfigError(f"--hbp-profile-supervised {args.hbp_profile_supervised}: a share above 0, at most 1")
         for name in ("seconds", "memory", "most_local", "patience"):
@@ -82,6 +86,7 @@ class ProfileOptions:
             supervised=args.hbp_profile_supervised,
             check=Path(args.hbp_profile_check) if args.hbp_profile_check else None,
             patience=args.hbp_profile_patience,
+            hbp=HbpOptions.of(args),
         )
 
     @property
@@ -96,63 +101,25 @@ class ProfileOptions:
 
     def degrees(self, num_ranks: int) -> tuple[int, ...]:
         """The CP degrees to run on so many data-parallel ranks. Raises ConfigError where one does not divide them."""
-        if self.cp_degrees is None:
-            return tuple(c for c in (1, 2, 4, 8) if num_ranks % c == 0)
-        for c in self.cp_degrees:
+        degrees = self.cp_degrees or tuple(c for c in (1, 2, 4, 8) if num_ranks % c == 0)
+        for c in degrees:
             if num_ranks % c:
                 raise ConfigError(
                     f"--hbp-profile-cp {c} does not divide the {num_ranks} data-parallel ranks of this run"
                 )
-        return self.cp_degrees
-
-    def policies(self, num_layers: int) -> tuple[Recompute, ...]:
-        """The recompute policies to run."""
-        return parse_policies(self.recompute, num_layers)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse would print its usage and leave with 2."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{message}; see `hbp profile --help`")
+        return degrees
 
 
 def implied_flags(options: ProfileOptions) -> list[str]:
     """Megatron-LM flags that a profile implies; they go before the user's, so that the user's win."""
-    flags: dict[str, Any] = {
-        "--micro-batch-size": 1,
-        "--train-iters": 1_000_000,  # nothing is trained; learning-rate schedules want to be shorter than this
-        "--seq-length": max(options.lengths),
-        "--max-position-embeddings": max(options.lengths),
-        "--dataloader-type": "external",
-        "--position-embedding-type": "rope",
-        "--attention-dropout": 0,
-        "--hidden-dropout": 0,
-        "--eval-iters": 0,
-        "--lr": 1e-6,
-        "--logging-level": 30,  # warnings: the bar has the terminal
-        "--tokenizer-type": "NullTokenizer",
-    }
-    return [str(word) for pair in flags.items() for word in pair] + ["--calculate-per-token-loss"]
-
-
-def check_args(args: Any) -> None:
-    """Raise ConfigError where a flag does not go with a profile."""
-    refused = {
-        "--vocab-size": args.vocab_size is None and "is missing: give that of your tokenizer",
-        "--context-parallel-size": args.context_parallel_size > 1 and "cannot be used: give --hbp-profile-cp",
-        "--load": args.load is not None and "cannot be used: a profile trains nothing",
-        "--recompute-granularity": args.recompute_granularity is not None
-        and "cannot be used: give --hbp-profile-recompute",
-        "--cuda-graph-impl": args.cuda_graph_impl != "none" and "cannot be used: shapes change",
-        "--mtp-num-layers": args.mtp_num_layers and "cannot be used with packs of samples",
-        "--num-layers-per-virtual-pipeline-stage": args.virtual_pipeline_model_parallel_size is not None
-        and "cannot be profiled: leave it out, times are those of the whole depth",
-        "--micro-batch-size": args.micro_batch_size != 1 and "must be 1: a micro-batch is a pack",
-    }
-    for flag, reason in refused.items():
-        if reason:
-            raise ConfigError(f"{flag} {reason}")
+    return packed_flags(
+        train_iters=1_000_000,  # nothing is trained; learning-rate schedules must be shorter than this
+        seq_length=max(options.lengths),
+        max_position_embeddings=max(options.lengths),
+        eval_iters=0,
+        lr=1e-6,
+        logging_level=30,  # warnings: the bar has the terminal
+    )
 
 
 def config_digest(config: Any, args: Any) -> str:

@@ -162,10 +162,6 @@ class Feed:
         num_tokens = int(self.plan.pack_tokens[index])
         return padded_length(num_tokens, cp_degree=tier.cp_degree, unit=unit_of(tier, self.unit)) // tier.cp_degree
 
-    def micro_batch(self, step: int, slot: int) -> MicroBatch:
-        """What this rank runs in `slot` of `step`."""
-        return on_device(pinned(self._on_host(step, slot), self.device), self.device)
-
     def _on_host(self, step: int, slot: int) -> MicroBatch:
         index = self.plan.pack_at(step, slot, self.rank)
         if index < 0:

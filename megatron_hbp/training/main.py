@@ -1,22 +1,13 @@
-"""Build and run: from a command line to Megatron-LM's `pretrain()`."""
+"""From a command line to Megatron-LM's `pretrain()`."""
 
-import os
-import sys
-import time
-from pathlib import Path
-from typing import NoReturn
-
-import torch
-
-from megatron_hbp.errors import ConfigError, HbpError
+from megatron_hbp.runtime.options import HbpOptions, add_hbp_arguments, planned_flags
+from megatron_hbp.runtime.program import leave, parse, run_program
+from megatron_hbp.runtime.refusals import PACKED, PLANNED
 
 
 def main() -> None:
     """Train; a known error ends in one line and its exit code."""
-    try:
-        run(sys.argv[1:])
-    except HbpError as error:
-        fail(error, "pretrain_hbp")
+    run_program(run, "pretrain_hbp")
 
 
 def run(argv: list[str]) -> None:
@@ -25,108 +16,15 @@ def run(argv: list[str]) -> None:
     Raises:
         HbpError: any mistake in flags, plan or store, before a process group exists where that is possible.
     """
-    from megatron_hbp.training.options import (
-        HbpOptions,
-        add_hbp_arguments,
-        build_for_every_policy,
-        check_together,
-        describe,
-        implied_flags,
-        shapes_vary,
-    )
-
     options = HbpOptions.from_argv(argv)
-    flags = implied_flags(options) if options.train is not None else []
-    flags = platform_flags() + flags
-
-    # megatron.training reads sys.argv; later flags win, so the user's go last
-    sys.argv[1:] = flags + argv
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
-
-    args = parse_and_validate_args(extra_args_provider=add_hbp_arguments)
-    if options.train is not None:
-        check_together(args, options)
-        build_for_every_policy(args, options)
-    try:
-        model = gpt_config_from_args(args)
-    except (ValueError, AssertionError) as error:
-        raise ConfigError(f"Megatron-LM refuses this model: {error}") from error
     if options.train is None:
-        from megatron_hbp.training import plain
+        args = parse(argv, add_hbp_arguments)
+        from megatron_hbp.training.plain import train_plain
 
-        pretrain(
-            pretrain_cfg_container_from_args(args, model),
-            plain.datasets_provider,
-            ModelType.encoder_or_decoder,
-            plain.forward_step,
-        )
-        leave()
-        return
-
-    from megatron_hbp.model.extension import drop_stale_lock
-    from megatron_hbp.model.recompute import install_context_capture
-    from megatron_hbp.model.spec import with_packed_model
-    from megatron_hbp.training import hooks
-    from megatron_hbp.training.feeds import feeds_provider
-    from megatron_hbp.training.forward import make_forward_step
-    from megatron_hbp.training.metrics import RunMetrics
-    from megatron_hbp.training.settle import settle
-
-    # not before the config is made: it would refuse Megatron-LM's default dispatcher, of a dense model too
-    args.variable_seq_lengths = model.transformer.variable_seq_lengths = shapes_vary(args, options)
-    tiers, lines = settle(args, model.transformer, options)
-    if args.rank == 0:
-        print(*(f"> hbp: {line}" for line in (describe(options), *lines)), sep="\n", flush=True)
-    args.hbp_plan_hash = options.train.plan.hash
-    install_context_capture()
-    drop_stale_lock(args.recompute_modules or ())
-    exchanges = {tier.exchange for settled in tiers for tier in settled}
-    metrics = RunMetrics(options.train.plan, options.metrics)
-    hooks.install(plan=options.train.plan, valid_plan=options.valid.plan if options.valid else None, metrics=metrics)
-    pretrain(
-        pretrain_cfg_container_from_args(args, with_packed_model(model, exchanges)),
-        feeds_provider(options, tiers),
-        ModelType.encoder_or_decoder,
-        make_forward_step(metrics.observe),
-    )
-    from megatron.core import parallel_state
-
-    metrics.summarise(parallel_state.get_data_parallel_group())
-    leave()
-
-
-def platform_flags() -> list[str]:
-    """Apply the CPU platform layer where there is no CUDA device; with CUDA it isn't even imported."""
-    if torch.cuda.is_available() and os.environ.get("HBP_PLATFORM") != "cpu":
-        return []
-    from megatron_hbp.platform import cpu
-
-    cpu.apply()
-    return list(cpu.FLAGS)
-
-
-def leave() -> None:
-    """End the process groups together."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def fail(error: HbpError, program: str) -> NoReturn:
-    """One line on stderr, the exit code where the launcher looks for it, and out.
-
-    Mistakes found before the process group exists are the same on every rank: rank 0 speaks, the others wait for it,
-    because torchrun ends all workers 0.1 s after the first one leaves.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    together = not torch.distributed.is_initialized()
-    if rank and together:
-        time.sleep(3)
+        train_plain(args)
     else:
-        print(f"{program}: {'' if together else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
-        if code_file := os.environ.get("HBP_EXIT_CODE_FILE"):
-            Path(code_file).write_text(f"{error.exit_code}\n", encoding="utf-8")
-    os._exit(error.exit_code)  # not sys.exit: threads of a process group that others no longer serve would hang it
+        args = parse(argv, add_hbp_arguments, planned_flags(options), "--hbp-plan", PACKED, PLANNED)
+        from megatron_hbp.training.planned import train_on_plan
+
+        train_on_plan(args, options)
+    leave()

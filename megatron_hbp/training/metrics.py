@@ -25,25 +25,22 @@ class RunMetrics:
 
     def __init__(self, plan: Plan, path: Path | None):
         """`path` is where the JSON lines go; None writes nothing."""
-        self.plan = plan
-        self.path = path
-        self._file: Any = None
+        self.plan, self.path = plan, path
         self._late: dict[str, Any] | None = None  # a line whose numbers are still on their way from the device
         # rows: tiers, then dummies; columns: micro-batches, real local tokens, seconds
         self._per_tier = [[0.0, 0.0, 0.0] for _ in range(len(plan.tiers) + 1)]
         self._running: tuple[int, float] | None = None
         self._step_started = time.perf_counter()
-        self._train_seconds = 0.0
-        self._train_tokens = 0
+        self._train_seconds, self._train_tokens = 0.0, 0
         self._training = False
+        atexit.register(self._write_late)
 
     # ------------------------------------------------------------ called around a step
 
     def start(self, *, training: bool) -> None:
         """A forward-backward pass over all micro-batches of a step begins."""
-        self._training = training
+        self._training, self._running = training, None
         self._step_started = time.perf_counter()
-        self._running = None
 
     def observe(self, micro_batch: MicroBatch) -> None:
         """A micro-batch begins; with the schedule without pipelining, that ends the one before, backward included."""
@@ -70,11 +67,9 @@ class RunMetrics:
 
     def log_step(self, *, iteration: int, losses: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         """One line for the training step that ended as `iteration` (1-based)."""
-        step = iteration - 1
-        packs = self.plan.pack_step == step
+        packs = self.plan.pack_step == iteration - 1
         tokens = int(self.plan.pack_tokens[packs].sum())
         self._train_tokens += tokens
-        seconds = time.perf_counter() - self._step_started
         self._write(
             kind="step",
             iteration=iteration,
@@ -83,7 +78,7 @@ class RunMetrics:
             learning_rate=learning_rate,
             grad_norm=grad_norm if grad_norm is None or isinstance(grad_norm, torch.Tensor) else float(grad_norm),
             tokens=tokens,
-            seconds=round(seconds, 4),
+            seconds=round(time.perf_counter() - self._step_started, 4),
             cp_degrees=sorted({int(c) for c in self.plan.pack_cp[packs]}),
         )
 
@@ -113,10 +108,8 @@ class RunMetrics:
     def _write(self, **line: Any) -> None:
         if self.path is None or dist.get_rank() != dist.get_world_size() - 1:
             return
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-            atexit.register(self._write_late)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
         self._write_late()
         self._late = {key: _reader(value) if isinstance(value, torch.Tensor) else value for key, value in line.items()}
         if not any(isinstance(value, torch.Tensor) and value.device.type == "cuda" for value in line.values()):
@@ -125,10 +118,10 @@ class RunMetrics:
     def _write_late(self) -> None:
         if self._late is None:
             return
-        line = {key: value() if callable(value) else value for key, value in self._late.items()}
-        self._late = None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        assert self.path is not None
+        line, self._late = {key: value() if callable(value) else value for key, value in self._late.items()}, None
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _reader(value: torch.Tensor) -> Callable[[], float]:

@@ -4,7 +4,7 @@ The wheel ships the training loop but not the entry script, so the data sets, th
 put together here; the flags mean what they mean there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,17 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
-from megatron.training import get_args
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.models import GPTModelConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_hbp.errors import ConfigError
+from megatron_hbp.runtime.setup import model_config
 
 _BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -47,16 +51,12 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
-        partial(_is_built_here, vp_stage=vp_stage),
+        partial(is_first_or_last_pipeline_stage, vp_stage),
         config,
     ).build()
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]
-
-
-def _is_built_here(vp_stage: int | None = None) -> bool:
-    return is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _get_batch(data_iterator: Iterator[dict[str, torch.Tensor]], vp_stage: int | None) -> dict[str, Any]:
@@ -88,3 +88,13 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTMod
         loss_mask=batch["loss_mask"],
     )
     return output, partial(_loss, batch["loss_mask"])
+
+
+def train_plain(args: Any) -> None:
+    """Megatron-LM, with all of its flags and none of ours."""
+    train(args, model_config(args), datasets_provider, forward_step)
+
+
+def train(args: Any, model: GPTModelConfig, provider: Callable, forward_step: Callable) -> None:
+    """Megatron-LM's training loop, from its arguments, a model config, a data-set provider and a forward step."""
+    pretrain(pretrain_cfg_container_from_args(args, model), provider, ModelType.encoder_or_decoder, forward_step)

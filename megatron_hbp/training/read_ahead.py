@@ -1,25 +1,23 @@
 """Prepare the next items of an iterator in a thread, while the consumer works on the current one.
 
-    items ──thread──> at most `depth` ready ──__next__──> consumer
+    items --thread--> at most `depth` ready --__next__--> consumer
 
 Cutting one rank's slice out of a pack of 128K tokens and splitting its attention takes 3 to 11 ms of CPU (16K: 0.5 ms),
 reading from a cold disk more. The thread shares the interpreter's lock with the consumer; numpy's copies, page faults
 and pinning release it.
 """
 
-import threading
 import time
-import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class ReadAhead[T]:
     """An iterator over `items` whose next `depth` items are made in a thread.
 
     An exception in `items` reaches the consumer in its turn, with the traceback of the thread. The thread starts with
-    the first `__next__`, ends with the items, and is stopped by `close`, when the object is collected and at exit.
+    the first `__next__`; it ends when the object is closed or collected, and at exit, with the item that it is making.
     """
 
     def __init__(self, items: Iterator[T], depth: int, *, prepare_thread: Callable[[], None] | None = None):
@@ -27,15 +25,10 @@ class ReadAhead[T]:
         assert depth > 0
         self.waited = 0.0
         """Seconds that the consumer has spent waiting for items."""
-        self._ready: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
-        self._room = threading.Semaphore(depth)
-        self._stop = threading.Event()
-        self._ended: BaseException | None = None
-        # the thread knows the queue and not this object, which is collected when nobody else holds it, and stops it
-        arguments = (items, self._ready, self._room, self._stop, prepare_thread)
-        # a daemon, because the interpreter joins all others before it runs what is to be done at exit
-        self._thread = threading.Thread(target=_fill, args=arguments, name="hbp-read-ahead", daemon=True)
-        self._finalizer = weakref.finalize(self, _stopped, self._thread, self._room, self._stop)
+        self._items, self._depth = items, depth
+        self._ready: deque[Future[T]] = deque()
+        self._ended: Exception | None = None
+        self._pool = ThreadPoolExecutor(1, "hbp-read-ahead", initializer=prepare_thread)
 
     def __iter__(self) -> "ReadAhead[T]":
         """An iterator."""
@@ -44,45 +37,19 @@ class ReadAhead[T]:
     def __next__(self) -> T:
         """The next item, in the order of `items`."""
         if self._ended is not None:
-            raise StopIteration if isinstance(self._ended, StopIteration) else self._ended
-        if self._thread.ident is None:
-            self._thread.start()
+            raise self._ended
+        while len(self._ready) <= self._depth:
+            self._ready.append(self._pool.submit(next, self._items))
         started = time.perf_counter()
-        item, error = self._ready.get()
-        self.waited += time.perf_counter() - started
-        if error is not None:
+        try:
+            return self._ready.popleft().result()
+        except Exception as error:  # StopIteration too: the end comes in its turn, and again
             self._ended = error
-            raise error
-        self._room.release()  # the item is the consumer's: room for another one
-        return item  # type: ignore[return-value]
+            raise
+        finally:
+            self.waited += time.perf_counter() - started
 
     def close(self) -> None:
         """Stop the thread and wait for it."""
         self._ended = self._ended or StopIteration()
-        self._finalizer()
-
-
-def _fill(
-    items: Iterator[Any],
-    ready: "SimpleQueue[tuple[Any, BaseException | None]]",
-    room: threading.Semaphore,
-    stop: threading.Event,
-    prepare_thread: Callable[[], None] | None,
-) -> None:
-    try:
-        if prepare_thread is not None:
-            prepare_thread()
-        while True:
-            room.acquire()
-            if stop.is_set():
-                return
-            ready.put((next(items), None))
-    except BaseException as error:  # StopIteration too: the consumer is told the end in its turn
-        ready.put((None, error))
-
-
-def _stopped(thread: threading.Thread, room: threading.Semaphore, stop: threading.Event) -> None:
-    stop.set()
-    room.release()
-    if thread.ident is not None and thread is not threading.current_thread():
-        thread.join(timeout=5)  # a read that hangs must not keep the program from ending
+        self._pool.shutdown(cancel_futures=True)

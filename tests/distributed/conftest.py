@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ VOCABULARY = 96
 TIERS = "64:cp1,128:cp2:sel=core_attn+layernorm,256:cp4:full1"
 
 
-def write_store(folder: Path, *, num_samples: int, seed: int) -> TokenStore:
-    """A store of random chats: mostly short, some long, about two thirds of the tokens to be predicted."""
+def write_store(
+    folder: Path, *, seed: int, num_samples: int = 0, lengths: Sequence[int] | np.ndarray | None = None
+) -> TokenStore:
+    """A store of random chats, mostly short, some long unless `lengths` are given; two thirds are to be predicted."""
     rng = np.random.default_rng(seed)
-    is_short = rng.random(num_samples) < 0.8
-    lengths = np.where(is_short, rng.integers(2, 60, num_samples), rng.integers(66, 250, num_samples))
+    if lengths is None:
+        is_short = rng.random(num_samples) < 0.8
+        lengths = np.where(is_short, rng.integers(2, 60, num_samples), rng.integers(66, 250, num_samples))
     tokenizer = TokenizerInfo(
         name="none", sha256="0" * 64, chat_template_sha256="0" * 64, vocab_size=VOCABULARY, eos_id=None, pad_id=None
     )

@@ -5,11 +5,12 @@ import os
 import torch
 
 from megatron_hbp.profiling import main
+from megatron_hbp.runtime.program import platform_flags
 
 
 def break_one_row() -> None:
     """Raise in forward and backward of the row that HBP_TEST_BREAKS names, on rank 1 only."""
-    main.platform_flags()  # before anything of Megatron-LM is imported
+    platform_flags()  # before anything of Megatron-LM is imported
     from megatron_hbp.profiling.session import Session
 
     plain = Session.forward_backward

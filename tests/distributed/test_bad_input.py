@@ -19,6 +19,7 @@ class Files:
     plan: Path
     plan_of_other_data: Path
     plan_for_four: Path
+    plan_of_other_model: Path
     absent: Path
 
 
@@ -29,9 +30,10 @@ def files(tmp_path_factory) -> Files:
     other = write_store(folder / "other", num_samples=20, seed=2)
     for name, data, ranks in (("plan", store, 2), ("of_other_data", other, 2), ("for_four", store, 4)):
         write_plan(folder / name, data, num_ranks=ranks, tiers="128:cp1,256:cp2")
+    write_plan(folder / "of_other_model", store, num_ranks=2, tiers="128:cp1:sel=shared_experts,256:cp2")
     return Files(
         store=folder / "store", plan=folder / "plan", plan_of_other_data=folder / "of_other_data",
-        plan_for_four=folder / "for_four", absent=folder / "absent",
+        plan_for_four=folder / "for_four", plan_of_other_model=folder / "of_other_model", absent=folder / "absent",
     )  # fmt: skip
 
 
@@ -42,8 +44,9 @@ def files(tmp_path_factory) -> Files:
         ("plan", "absent", 65, ["{absent}", "no such token store", "hbp prepare"]),
         ("plan_of_other_data", "store", 78, ["belongs to other data"]),
         ("plan_for_four", "store", 78, ["for 4 data-parallel ranks", "this run has 2", "hbp plan --ranks 2"]),
+        ("plan_of_other_model", "store", 78, ["tier 128:cp1:sel=shared_experts recomputes", "it has core_attn, layer"]),
     ],
-    ids=["no plan", "no store", "plan of other data", "plan for other ranks"],
+    ids=["no plan", "no store", "plan of other data", "plan for other ranks", "plan of another model"],
 )
 def test_one_clear_line_and_its_code(files, train, plan, store, code, says):
     ended = train("--hbp-plan", getattr(files, plan), "--hbp-store", getattr(files, store), *MODEL, ranks=2)
@@ -52,4 +55,14 @@ def test_one_clear_line_and_its_code(files, train, plan, store, code, says):
     assert len(ended.told()) == 1, ended.err[-3000:]
     for part in says:
         assert part.format(absent=files.absent) in ended.told()[0]
+    assert "Traceback" not in ended.out + ended.err
+
+
+def test_training_that_diverges_ends_with_its_code(files, train):
+    """Parameters of 1e30 after the first step; without --save, which Megatron-LM's own way out has to have."""
+    plan = ("--hbp-plan", files.plan, "--hbp-store", files.store)
+    ended = train(*plan, *MODEL, "--lr", "1e30", "--clip-grad", 0, ranks=2)
+
+    assert ended.code == 70, ended.err[-3000:]
+    assert len(ended.told()) == 1 and "training diverged in iteration 2" in ended.told()[0]
     assert "Traceback" not in ended.out + ended.err

@@ -26,7 +26,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention  # noqa: E402
 
-from megatron_hbp.model import latents, sliced  # noqa: E402
+from megatron_hbp.model import latents, loss, sliced  # noqa: E402
 from megatron_hbp.model.exchange import collectives, kv_latent, qkv_latent  # noqa: E402
 from megatron_hbp.model.mla import PackedMLASelfAttention  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
@@ -177,6 +177,8 @@ def tensor_parallel(results: dict[str, Any]) -> None:
                 results[f"{case}, Megatron-LM's by parameter"] = by_parameter(theirs, yard)
             for exchange in ("a2a", "p2p", "qkv_latent", "kv_latent"):
                 results[f"{case}, {exchange}"] = worst(whole_gradients(stepper, packed(stepper, exchange)), yard)
+            with mock.patch.object(loss, "CHUNK_ROWS", 8):  # all but the last chunk come once more in the backward
+                results[f"{case}, chunked loss"] = worst(whole_gradients(stepper, packed(stepper, "a2a")), yard)
 
 
 def distributed_optimizer(results: dict[str, Any]) -> None:

@@ -18,8 +18,8 @@ from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.recompute import RecomputeSwitch
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.runtime.setup import pipeline_arguments
 from megatron_hbp.training import feed, forward
-from megatron_hbp.training.hooks import pipeline_arguments
 from tests.equivalence.plans import MemoryStore, plan_of
 
 Packs = Sequence[tuple[int, int, int, int, Sequence[int]]]

@@ -55,7 +55,7 @@ def test_what_is_broken_on_purpose_is_seen(figures, breakage):
 
 
 @pytest.mark.parametrize("mode", ["with", "without"])
-@pytest.mark.parametrize("case", ["a2a", "p2p", *LATENT])
+@pytest.mark.parametrize("case", ["a2a", "p2p", *LATENT, "chunked loss"])
 def test_tensor_parallelism_changes_no_gradient(figures, mode, case):
     assert figures[f"tp2 against tp1, {mode} sequence parallelism, {case}"] < EXACT
 

@@ -65,7 +65,9 @@ def test_the_launch_is_one_torchrun_a_node_with_one_rendezvous(job):
     code, _, words = job.run("--", "--hbp-plan", "a plan", "--bf16")
     assert code == 0
     assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-endpoint=node7:24242"} <= set(words)
-    assert words[-4:] == [str(ROOT / "pretrain_hbp.py"), "--hbp-plan", "a plan", "--bf16"]
+    run = job.environment["HBP_RUN_DIR"]  # the user's flags go last, and win
+    program = [str(ROOT / "pretrain_hbp.py"), "--save", run, "--load", run, "--hbp-plan", "a plan", "--bf16"]
+    assert words[-len(program) :] == program
     assert not any("container" in word for word in words)
     assert (job.folder / "seen.queues").read_text() == "1\n"
 

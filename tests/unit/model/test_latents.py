@@ -4,14 +4,12 @@ import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 
-from megatron_hbp.errors import ConfigError
 from megatron_hbp.model import spec
 from tests.unit.model.test_split import splits_of
 
@@ -69,24 +67,3 @@ def test_up_projections_get_norms_of_their_own_and_nothing_else_does():
     assert made.attention.linear_q_up_proj is made.attention.linear_kv_up_proj is Plain
     assert made.attention.q_layernorm is made.attention.kv_layernorm is Norm
     assert attention.linear_q_up_proj is Fused, "the given spec stays as it is"
-
-
-MLA = {
-    "multi_latent_attention": True, "fp8": None, "fp4": None, "mla_down_proj_fusion": False, "q_lora_rank": 24,
-    "transformer_impl": "transformer_engine", "qk_layernorm": True,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"multi_latent_attention": False}, "no latents"),
-        ({"fp8": "e4m3"}, "--fp8-format"),
-        ({"mla_down_proj_fusion": True}, "--mla-down-proj-fusion"),
-    ],
-)
-def test_what_cannot_exchange_latents_is_refused_with_a_way_out(changes, message):
-    config = SimpleNamespace(transformer=SimpleNamespace(**{**MLA, **changes}), pre_wrap_hooks=[])
-    with pytest.raises(ConfigError, match=message):
-        spec.with_packed_model(config, ["a2a", "kv_latent"])
-    spec.with_packed_model(config, ["a2a", "p2p"])

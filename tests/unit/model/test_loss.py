@@ -22,7 +22,7 @@ def one_tensor_parallel_rank(monkeypatch):
 class Projection(torch.nn.Module):
     """A vocabulary projection that notes how many rows it was asked for."""
 
-    sequence_parallel = False
+    sequence_parallel = allreduce_dgrad = False
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()

@@ -16,12 +16,14 @@ MODULES = {
 CASES = [
     "switch_sets_and_clears",
     "switch_knows_configs_that_were_copied",
-    "switch_names_what_a_model_has",
+    "policies_are_checked_when_the_model_is_built",
     "a_policy_that_is_set_costs_nothing",
     "stages_share_the_layers",
     "capture_is_installed_once",
     "both_checkpoints_keep_the_context",
     "backward_recomputes_in_the_forwards_context",
+    "fused_rotary_of_latent_attention_is_off",
+    "fused_rotary_of_grouped_queries_takes_local_positions",
 ]
 
 

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from megatron_hbp.platform import cpu
 cpu.apply()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
+from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 
 from megatron_hbp.errors import ConfigError  # noqa: E402
 from megatron_hbp.model.context import bind, current, on_bind  # noqa: E402
@@ -120,16 +123,24 @@ def switch_knows_configs_that_were_copied(models) -> None:
     assert len(RecomputeSwitch([model])._configs) == len(configs)
 
 
-def switch_names_what_a_model_has(models) -> None:
-    switch = RecomputeSwitch([models["dense"]])
-    for policy in policies("dense").values():
-        switch.check(policy)
-    try:
-        switch.check(selective("core_attn", "moe"))
-    except ConfigError as error:
-        assert "'moe'" in str(error) and "core_attn, layernorm, mlp" in str(error), error
-    else:
-        raise AssertionError("a dense model has no moe")
+def policies_are_checked_when_the_model_is_built(models) -> None:
+    """What Megatron-LM takes and does not do: modules that the model has not, more layers than it has."""
+    chunks = [models["dense"]]
+    assert RecomputeSwitch().take(chunks, {f"tier {name}": each for name, each in policies("dense").items()}) is chunks
+    fused = build("dense")[0]  # as Transformer Engine builds it: the norms belong to the linear layers after them
+    for layer in fused.module.decoder.layers:
+        layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp()
+    for chunk, who, policy, told in (
+        (models["dense"], "tier A", selective("core_attn", "moe"), ("'moe'", "core_attn, layernorm, mlp")),
+        (fused, "tier B", selective("layernorm"), ("'layernorm'", "it has core_attn, mlp")),
+        (models["dense"], "tier C", Recompute(granularity="full", num_layers=4), ("4 layers", "the model's 3")),
+    ):
+        try:
+            RecomputeSwitch().take([chunk], {"tier 0": Recompute(), who: policy})
+        except ConfigError as error:
+            assert error.is_everywhere and all(part in str(error) for part in (who, *told)), error
+        else:
+            raise AssertionError(f"{who} was taken")
 
 
 def a_policy_that_is_set_costs_nothing(models) -> None:
@@ -192,15 +203,40 @@ def backward_recomputes_in_the_forwards_context(models) -> None:
             assert same(gradients(model), expected), (kind, name)
 
 
+def fused_rotary_of_latent_attention_is_off(models) -> None:
+    """Its kernels would rotate by their own table; without YaRN Megatron-LM's config refuses them itself."""
+    fused, plain = (build("moe", rope_type="yarn", apply_rope_fusion=fusion)[0] for fusion in (True, False))
+    assert not fused.config.apply_rope_fusion
+    assert torch.equal(forward(fused, micro_batch(Recompute())), forward(plain, micro_batch(Recompute())))
+
+
+def fused_rotary_of_grouped_queries_takes_local_positions(models) -> None:
+    """Megatron-LM hands Transformer Engine's kernel (sbhd: row i of the frequencies for token i) one row a token."""
+    rotated = []
+
+    def emulated(t: torch.Tensor, freqs: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        assert freqs.shape == (len(t), 1, 1, t.shape[-1]) and freqs.dtype == torch.float32
+        rotated.append(len(t))
+        return rope_utils._apply_rotary_pos_emb_bshd(t, freqs, rotary_interleaved=interleaved)
+
+    with mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", emulated):
+        fused = build("dense", apply_rope_fusion=True)[0]
+        loss = forward(fused, micro_batch(Recompute()))
+    assert rotated == [sum(LENGTHS)] * 2 * fused.config.num_layers
+    assert torch.equal(loss, forward(models["dense"], micro_batch(Recompute())))
+
+
 CASES: tuple[Callable[[dict], None], ...] = (
     switch_sets_and_clears,
     switch_knows_configs_that_were_copied,
-    switch_names_what_a_model_has,
+    policies_are_checked_when_the_model_is_built,
     a_policy_that_is_set_costs_nothing,
     stages_share_the_layers,
     capture_is_installed_once,
     both_checkpoints_keep_the_context,
     backward_recomputes_in_the_forwards_context,
+    fused_rotary_of_latent_attention_is_off,
+    fused_rotary_of_grouped_queries_takes_local_positions,
 )
 
 

@@ -72,12 +72,12 @@ def test_list_of_patches(capsys):
 WITH_CUDA = """
 import os, sys, torch
 torch.cuda.is_available = lambda: True
-from megatron_hbp.training import main
-assert main.platform_flags() == []
+from megatron_hbp.runtime import program
+assert program.platform_flags() == []
 assert "megatron_hbp.platform.cpu" not in sys.modules
 assert torch.zeros(1).type() == "torch.FloatTensor"
 os.environ["HBP_PLATFORM"] = "cpu"
-flags = main.platform_flags()
+flags = program.platform_flags()
 from megatron_hbp.platform import cpu
 assert flags == list(cpu.FLAGS) and torch.zeros(1).type() == "torch.cuda.FloatTensor"
 print("as it should be")

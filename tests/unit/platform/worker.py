@@ -5,6 +5,7 @@ One function a patch, of the same name (or `case_of` several). Each runs twice: 
 error or ""}}.
 """
 
+import inspect
 import json
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from megatron_hbp.platform import cpu
 
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -197,6 +200,29 @@ def gloo_split_sizes_are_ints() -> None:
 
 
 @case
+def gloo_takes_unequal_parts() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(unequal_parts, args=(folder, cpu._applied), nprocs=2)
+
+
+def unequal_parts(rank: int, folder: str, patched: bool) -> None:
+    """On each of two ranks, in processes of their own."""
+    if patched:
+        cpu.apply()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    for sizes in ([3, 1], [0, 2], [2, 2]):
+        whole = torch.arange(2.0 * sum(sizes)).reshape(-1, 2)
+        parts = whole.split(sizes)
+        gathered = torch.zeros_like(whole)
+        dist.all_gather(list(gathered.split(sizes)), parts[rank], group=dist.group.WORLD)
+        assert torch.equal(gathered, whole)
+        reduced = torch.zeros_like(parts[rank])
+        dist.reduce_scatter(reduced, [part * (1 + rank) for part in parts], group=dist.group.WORLD)
+        assert torch.equal(reduced, parts[rank] * 3)
+    dist.destroy_process_group()
+
+
+@case
 def initialize_without_cuda() -> None:
     from megatron.training import training
 
@@ -205,6 +231,15 @@ def initialize_without_cuda() -> None:
         training.initialize_megatron(get_embedding_ranks=None)
     except AssertionError as error:
         assert "args is not initialized" in str(error), error
+
+
+@case
+def no_hardware_queues() -> None:
+    from megatron.training import arguments
+
+    source = inspect.getsource(arguments.validate_args)
+    assert "get_device_arch_version() < 10" in source  # by this name, and with this bound
+    assert arguments.get_device_arch_version() >= 10
 
 
 @case
@@ -304,8 +339,6 @@ def outcomes() -> dict[str, str]:
 
 
 def main() -> None:
-    from megatron_hbp.platform import cpu
-
     before = outcomes()
     cpu.apply()
     zeros = torch.zeros

@@ -11,6 +11,7 @@ from megatron_hbp.errors import PlanError
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.slices import PADDING_SEGMENT
 from megatron_hbp.planning.core.tiers import Recompute, Tier
+from megatron_hbp.runtime.checks import feed_unit
 from megatron_hbp.training.feed import DUMMY, Feed, MicroBatch, joint_policy
 from tests.equivalence.plans import MemoryStore, plan_of
 
@@ -205,3 +206,27 @@ def test_groups_are_asked_by_degree():
     assert groups.group(1) is None and groups.group(2) is pair
     with pytest.raises(KeyError):
         groups.group(4)
+
+
+@pytest.mark.parametrize(
+    "precision, block",
+    [
+        ({}, 1),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, 16),
+        ({"fp8": "e4m3", "fp8_recipe": "blockwise"}, 16),
+        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, 32),
+        ({"fp4": "e2m1", "fp4_recipe": "nvfp4"}, 128),
+    ],
+)
+@pytest.mark.parametrize("tp, sequence_parallel", [(1, False), (2, False), (2, True)])
+def test_quantised_layers_get_tokens_in_blocks(feed, precision, block, tp, sequence_parallel):
+    """On every tensor-parallel rank, in each slot, dummies included: ranks 1 and 3 have some."""
+    values = {"fp8": None, "fp4": None, "tensor_model_parallel_size": tp, "sequence_parallel": sequence_parallel}
+    unit = feed_unit(SimpleNamespace(**values | precision))
+    assert unit == block * (tp if sequence_parallel else 1)
+    for rank in range(4):
+        made = list(feed(rank, unit=unit))
+        assert any(each.tier == DUMMY for each in made) == (rank in (1, 3))
+        for each in made:
+            assert each.tokens.shape[1] % unit == 0 and each.tokens.shape[1] > 0
+            assert each.tokens.shape[1] == feed(rank, unit=unit).local_tokens(each.step, each.slot)

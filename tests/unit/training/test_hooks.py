@@ -5,11 +5,13 @@ These read the wheel's source. When one fails, a release has moved something: lo
 
 import ast
 import inspect
+import itertools
 import json
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import megatron.core
 import numpy as np
@@ -18,15 +20,18 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.training import checkpointing, training
 
-from megatron_hbp.errors import PlanError
+from megatron_hbp.errors import DivergedError, PlanError
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import loss
-from megatron_hbp.model.recompute import FLAGS
+from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch
 from megatron_hbp.parallel.pipeline_shapes import PlannedP2PCommunicator
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.runtime import setup
+from megatron_hbp.runtime.setup import Runtime
 from megatron_hbp.training import hooks
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
@@ -63,6 +68,7 @@ def parameters(callable_: object) -> list[str]:
         (training, "train", "get_forward_backward_func"),
         (training, "evaluate", "get_forward_backward_func"),
         (training, "train", "training_log"),
+        (training, "train", "consume_seqlen_stats_in_iteration"),
         (training, "evaluate_and_print_results", "evaluate"),
         (checkpointing, "load_checkpoint", "check_checkpoint_args"),
     ],
@@ -154,19 +160,20 @@ def plan():
 
 
 @pytest.fixture
-def args(monkeypatch, plan):
-    values = SimpleNamespace(curr_iteration=0, hbp_plan_hash=plan.hash, load="DIR")
+def args(monkeypatch):
+    values = SimpleNamespace(curr_iteration=0, load="DIR", finetune=False)
     monkeypatch.setattr(hooks, "get_args", lambda: values)
     return values
 
 
 def test_install_replaces_what_megatron_calls(monkeypatch, plan):
     names = [(training, name) for name in ("get_forward_backward_func", "training_log", "evaluate")]
+    names += [(training, "consume_seqlen_stats_in_iteration"), (RerunStateMachine, "should_checkpoint_and_exit")]
     names += [(checkpointing, "check_checkpoint_args"), (checkpointing, "_load_base_checkpoint")]
     before = {(module, name): getattr(module, name) for module, name in names}
     for (module, name), value in before.items():
         monkeypatch.setattr(module, name, value)  # put back after the test
-    hooks.install(plan=plan, valid_plan=None, metrics=RunMetrics(plan, None))
+    hooks.install(runtime_of(plan), RunMetrics(plan, None))
     for (module, name), value in before.items():
         assert getattr(module, name) is not value and getattr(module, name).__wrapped__ is value
 
@@ -177,7 +184,8 @@ def test_a_schedule_runs_the_micro_batches_of_its_step(plan, args):
     def schedule(*, model, num_microbatches, forward_only=False, **rest):
         ran.append((num_microbatches, forward_only, len(micro_batch_context._on_bind), rest))
 
-    wrapped = hooks._planned_schedule(lambda **kwargs: schedule, plan, plan, RunMetrics(plan, None))
+    evaluations, metrics = itertools.cycle(range(plan.num_steps)), RunMetrics(plan, None)
+    wrapped = partial(hooks._schedule, runtime_of(plan), evaluations, metrics, lambda **kwargs: schedule)
     forward_backward = wrapped(schedule_pg_collection=None)
     feed = feed_for(plan)
     for step in (0, 1):
@@ -190,6 +198,11 @@ def test_a_schedule_runs_the_micro_batches_of_its_step(plan, args):
         evaluation(model=StubModel(), num_microbatches=99, forward_only=True, data_iterator=feed)
     assert [(count, forward) for count, forward, *_ in ran] == [(1, True), (3, True), (1, True)]
     assert not micro_batch_context._on_bind  # the recompute switch is registered during the schedule only
+
+
+def runtime_of(plan: Plan) -> Runtime:
+    options: Any = SimpleNamespace(train=SimpleNamespace(plan=plan), data=[SimpleNamespace(plan=plan)])
+    return Runtime(args=None, options=options, model=None, switch=RecomputeSwitch(), notes=())
 
 
 def feed_for(plan: Plan) -> Feed:
@@ -219,50 +232,48 @@ def test_stages_of_varying_shapes_are_told_them(monkeypatch, plan):
         return "communicator"
 
     groups = SimpleNamespace(pp="the pipeline")
-    monkeypatch.setattr(hooks.ProcessGroupCollection, "use_mpu_process_groups", lambda: groups)
-    monkeypatch.setattr(hooks, "PlannedP2PCommunicator", communicator)
+    monkeypatch.setattr(setup.ProcessGroupCollection, "use_mpu_process_groups", lambda: groups)
+    monkeypatch.setattr(setup, "PlannedP2PCommunicator", communicator)
     monkeypatch.setattr(StubModel, "config", SimpleNamespace(pipeline_model_parallel_size=2, variable_seq_lengths=True))
-    told = hooks.pipeline_arguments([StubModel()], feed_for(plan), 1)
+    told = setup.pipeline_arguments([StubModel()], feed_for(plan), 1)
 
     assert told == {"p2p_communicator": "communicator", "pg_collection": groups}
     assert made == [("the pipeline", StubModel.config, [4, 5, 6])]
 
 
-def test_a_checkpoint_of_this_plan_or_of_none_goes_on_to_megatrons_checks(args):
+def test_a_checkpoint_of_this_plan_or_of_none_goes_on_to_megatrons_checks(plan, args):
     seen = []
 
     def check_checkpoint_args(checkpoint_args, skip_args=None):
         seen.append((checkpoint_args, skip_args))
 
-    check = hooks._same_plan(check_checkpoint_args)
-    mine, none = SimpleNamespace(hbp_plan_hash=args.hbp_plan_hash), SimpleNamespace()
+    check = partial(hooks._check, plan, check_checkpoint_args)
+    mine, none = SimpleNamespace(hbp_plan_hash=plan.hash), SimpleNamespace()
     check(mine)
     check(none, skip_args={"num_layers"})  # as load_checkpoint calls it in 0.19.2
     assert seen == [(mine, None), (none, {"num_layers"})]
 
 
-def test_our_check_takes_the_call_that_load_checkpoint_makes(args):
+def test_our_check_takes_the_call_that_load_checkpoint_makes():
     (call,) = calls(function(checkpointing, "load_checkpoint"), "check_checkpoint_args")
-    check = hooks._same_plan(lambda checkpoint_args, skip_args=None: None)
     given = inspect.Signature.bind(
-        inspect.signature(check, follow_wrapped=False),
+        inspect.signature(hooks._check), "plan", "check_checkpoint_args",
         *call.args, **{str(keyword.arg): keyword.value for keyword in call.keywords},
     )  # fmt: skip
     assert given.arguments
 
 
-def test_a_checkpoint_of_another_plan_names_both(args):
-    check = hooks._same_plan(lambda *a, **k: pytest.fail("refused too late"))
+def test_a_checkpoint_of_another_plan_names_both(plan, args):
     with pytest.raises(PlanError) as refused:
-        check(SimpleNamespace(hbp_plan_hash="f" * 64))
-    for part in ("f" * 12, args.hbp_plan_hash[:12], "DIR", "--finetune"):
+        hooks._check(plan, lambda *a, **k: pytest.fail("refused too late"), SimpleNamespace(hbp_plan_hash="f" * 64))
+    for part in ("f" * 12, plan.hash[:12], "DIR", "--finetune"):
         assert part in str(refused.value)
+    assert refused.value.is_everywhere
 
 
-def test_a_checkpoint_of_another_plan_is_refused_before_its_tensors_are_read(args):
-    args.finetune = False
-    states = [None, {}, {"args": SimpleNamespace()}, {"args": SimpleNamespace(hbp_plan_hash="f" * 64)}]
-    load = hooks._same_plan_early(lambda state, args, rank0: (state, "name", False, None))
+def test_a_checkpoint_of_another_plan_is_refused_before_its_tensors_are_read(plan, args):
+    states: list[Any] = [None, {}, {"args": SimpleNamespace()}, {"args": SimpleNamespace(hbp_plan_hash="f" * 64)}]
+    load = partial(hooks._load, plan, lambda state, args, rank0: (state, "name", False, None))
     for state in states[:3]:
         assert load(state, None, rank0=True)[0] is state
     with pytest.raises(PlanError, match="--finetune"):
@@ -278,7 +289,52 @@ def test_what_all_ranks_share_is_read_before_the_tensors():
     assert told == ["True", "False"]
 
 
-def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan):
+def test_samples_and_tokens_are_those_of_the_plan(plan, args):
+    """Megatron-LM counts packs, the same number in every step, and takes --seq-length times that for tokens."""
+    seen: list[int] = []
+    tokens = partial(hooks._tokens_of_step, plan, training.consume_seqlen_stats_in_iteration)
+    log = partial(hooks._log, plan, RunMetrics(plan, None), lambda *_: seen.append(args.consumed_train_samples))
+    assert tokens() == (3.0, 9.0)  # of the step that has run
+    for iteration in (1, 2):
+        args.consumed_train_samples = 999
+        log({}, {}, None, iteration)
+    args.curr_iteration = 1
+    assert seen == [1, 4] and tokens() == (4.0 + 5 + 6, 16.0 + 25 + 36)
+
+
+def test_counts_are_changed_where_megatron_logs_and_before_it_saves():
+    """training_log is called after the loop has added its own count, and before a checkpoint takes the arguments."""
+    body = function(training, "train")
+    (log,), (tokens,) = calls(body, "training_log"), calls(body, "consume_seqlen_stats_in_iteration")
+    counts = [
+        n.lineno for n in ast.walk(body) if isinstance(n, ast.AugAssign)
+        and ast.unparse(n.target) == "args.consumed_train_samples"
+    ]  # fmt: skip
+    assert max(counts) < tokens.lineno < log.lineno
+    saves = [call.lineno for call in calls(body, "checkpoint_and_decide_exit")]
+    assert saves and min(saves) > log.lineno
+    step = inspect.getsource(training.training_log)
+    assert "consumed samples: {:12d} |'.format(args.consumed_train_samples)" in step
+
+
+def test_a_step_that_is_not_finite_twice_ends_all_ranks_with_70(args):
+    args.curr_iteration = 6
+    check = partial(hooks._diverge, lambda machine: machine)
+    assert check((False, False, 0)) == (False, False, 0)
+    for answer in ((True, True, 16), (False, True, 17)):
+        with pytest.raises(DivergedError, match="in iteration 7") as refused:
+            check(answer)
+        assert refused.value.is_everywhere and refused.value.exit_code == 70
+    (asks,) = [
+        n for n in ast.walk(function(training, "train_step")) if isinstance(n, ast.Call)
+        and ast.unparse(n.func) == "rerun_state_machine.should_checkpoint_and_exit"
+    ]  # fmt: skip
+    assert not asks.args  # before the optimizer's step
+    assert asks.lineno < min(n.lineno for n in ast.walk(function(training, "train_step"))
+                             if isinstance(n, ast.Call) and ast.unparse(n.func) == "optimizer.step")  # fmt: skip
+
+
+def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan, args):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     metrics, told = RunMetrics(plan, tmp_path / "m.jsonl"), []
@@ -287,11 +343,11 @@ def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan):
         told.append((args, kwargs))
         return "flag"
 
-    log = hooks._logging(megatrons_log, metrics)
+    log = partial(hooks._log, plan, metrics, megatrons_log)
     assert log({"lm loss": 1.25}, {}, 0.5, 2, 1.0, True, 0, 0.75, None, is_first_iteration=False) == "flag"
-    evaluate = hooks._reporting(lambda *args, **kwargs: ({"lm loss": 2.5}, None, False), metrics)
+    evaluate = partial(hooks._evaluate, metrics, lambda *args, **kwargs: ({"lm loss": 2.5}, None, False))
     assert evaluate("anything")[0] == {"lm loss": 2.5}
-    assert hooks._reporting(lambda: (None, None, True), metrics)() == (None, None, True)  # out of time
+    assert hooks._evaluate(metrics, lambda: (None, None, True)) == (None, None, True)  # out of time
 
     step, validation = (json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines())
     assert (step["iteration"], step["steps"], step["loss"]) == (2, 2, 1.25)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +15,10 @@ from megatron_hbp.data.writer import StoreWriter
 from megatron_hbp.errors import ConfigError, DataError, PlanError
 from megatron_hbp.planning.core import planfile
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.planning.core.tiers import Recompute, Tier
-from megatron_hbp.training import main, options
-from megatron_hbp.training.options import HbpOptions, PlannedData
+from megatron_hbp.planning.core.tiers import Tier
+from megatron_hbp.runtime import checks, options, program
+from megatron_hbp.runtime.options import HbpOptions, PlannedData
+from megatron_hbp.training import main
 from tests.equivalence.plans import plan_of
 
 LENGTHS = (5, 9, 30, 14)
@@ -71,7 +71,8 @@ def read(*argv: object) -> HbpOptions:
 
 
 def test_without_a_plan_there_is_nothing():
-    assert read("--num-layers", 2, "--hbp") == HbpOptions(train=None, valid=None, metrics=None)
+    nothing = read("--num-layers", 2, "--hbp", "--save", "run")
+    assert nothing.data == nothing.tiers == [] and nothing.exchange is None and nothing.read_ahead == 2
 
 
 def test_plans_stores_and_metrics_among_other_flags(files):
@@ -81,7 +82,22 @@ def test_plans_stores_and_metrics_among_other_flags(files):
     )  # fmt: skip
     assert told.train is not None and told.valid is not None
     assert told.train.plan.hash == plan().hash and told.valid.plan.hash == plan(seed=4).hash
-    assert told.train.store.num_samples == 4 and told.metrics == Path("m.jsonl")
+    assert told.train.store.num_samples == 4 and told.metrics == Path("m.jsonl") and told.run_dir is None
+    assert told.data == [told.train, told.valid] and len(told.tiers) == 4
+
+
+def test_the_other_options_and_a_run_directory(files):
+    plan = ("--hbp-plan", files.plan(), "--hbp-store", files.store())
+    told = read(
+        *plan, "--hbp-exchange", "p2p", "--hbp-kernel", "varlen", "--hbp-node-bandwidth", 200, "--hbp-read-ahead", 0,
+        "--hbp-cluster-bandwidth", 20, "--save", "run/7",
+    )  # fmt: skip
+    assert (told.exchange, told.kernel, told.read_ahead) == ("p2p", "varlen", 0)
+    assert (told.machine.node_bandwidth, told.machine.cluster_bandwidth) == (200e9, 20e9)
+    assert told.run_dir == Path("run/7") and told.metrics == Path("run/7/metrics.jsonl")
+    assert told.flags["hbp_exchange"] == "p2p" and told.flags.keys() == read(*plan).flags.keys()
+    assert read(*plan, "--save", "run", "--hbp-metrics", "m").metrics == Path("m")
+    assert read(*plan).metrics is None
 
 
 @pytest.mark.parametrize("flag", ["--hbp-store", "--hbp-metrics", "--hbp-valid-plan", "--hbp-valid-store"])
@@ -139,7 +155,8 @@ def loaded(files: Files, valid: bool = False, **changes: object) -> HbpOptions:
     def data(name: str, **changes: object) -> PlannedData:
         return PlannedData.load(str(files.plan(name, **changes)), str(files.store()), "--hbp-plan")
 
-    return HbpOptions(train=data("plan", **changes), valid=data("valid") if valid else None, metrics=None)
+    train = data("plan", **changes)
+    return dataclasses.replace(read(), train=train, valid=data("valid") if valid else None)
 
 
 def parsed(flags: list[str]) -> dict[str, str]:
@@ -148,7 +165,7 @@ def parsed(flags: list[str]) -> dict[str, str]:
 
 
 def test_implied_flags_follow_the_plan(files):
-    flags = options.implied_flags(loaded(files))
+    flags = options.planned_flags(loaded(files))
     assert "--calculate-per-token-loss" in flags
     assert parsed(flags) == {
         "--micro-batch-size": "1",
@@ -168,13 +185,13 @@ def test_implied_flags_follow_the_plan(files):
 
 
 def test_a_valid_plan_is_evaluated_whole(files):
-    assert parsed(options.implied_flags(loaded(files, valid=True)))["--eval-iters"] == "2"
+    assert parsed(options.planned_flags(loaded(files, valid=True)))["--eval-iters"] == "2"
 
 
 def test_megatron_takes_every_implied_flag_and_the_users_win(files, monkeypatch):
     from megatron.training.arguments import parse_args
 
-    flags = options.implied_flags(loaded(files))
+    flags = options.planned_flags(loaded(files))
     monkeypatch.setattr("sys.argv", ["pretrain_hbp.py", *flags, "--train-iters", "1", "--hidden-dropout", "0.25"])
     args = parse_args(extra_args_provider=options.add_hbp_arguments)
     assert (args.train_iters, args.hidden_dropout, args.micro_batch_size) == (1, 0.25, 1)
@@ -190,11 +207,11 @@ def test_the_users_flags_go_last(files, monkeypatch):
 
     user = ["--hbp-plan", str(files.plan()), "--hbp-store", str(files.store()), "--train-iters", "1"]
     monkeypatch.setattr("megatron.training.arguments.parse_and_validate_args", parse)
-    monkeypatch.setattr(main, "platform_flags", lambda: ["--distributed-backend", "gloo"])
+    monkeypatch.setattr(program, "platform_flags", lambda: ["--distributed-backend", "gloo"])
     monkeypatch.setattr("sys.argv", ["pretrain_hbp.py", *user])
     with pytest.raises(ArgumentsAreReadHere):
         main.run(user)
-    assert sys.argv[1:] == ["--distributed-backend", "gloo", *options.implied_flags(loaded(files)), *user]
+    assert sys.argv[1:] == ["--distributed-backend", "gloo", *options.planned_flags(loaded(files)), *user]
 
 
 def test_our_flags_are_plain_values_for_megatrons_checkpoints():
@@ -209,13 +226,14 @@ def test_our_flags_are_plain_values_for_megatrons_checkpoints():
 def megatron(**changes: object) -> SimpleNamespace:
     """Megatron-LM's arguments as a run of this plan has them."""
     values: dict[str, object] = {
-        **dict.fromkeys(("hybrid_context_parallel", "sft", "overlap_grad_reduce", "overlap_param_gather"), False),
-        **dict.fromkeys(("data_path", "mtp_num_layers", "rampup_batch_size", "num_experts", "recompute_granularity")),
-        **dict.fromkeys(("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"), 1),
-        "micro_batch_size": 1, "calculate_per_token_loss": True, "dataloader_type": "external",
-        "data_parallel_size": 2, "world_size": 2, "train_iters": 2, "seq_length": 32,
-        "virtual_pipeline_model_parallel_size": None, "moe_token_dispatcher_type": "alltoall",
-        "iterations_to_skip": [], "cuda_graph_impl": "none", "moe_aux_loss_coeff": 0.0,
+        **dict.fromkeys(("overlap_grad_reduce", "overlap_param_gather", "sequence_parallel"), False),
+        **dict.fromkeys(("num_experts", "recompute_granularity", "virtual_pipeline_model_parallel_size", "fp8", "fp4")),
+        **dict.fromkeys(
+            ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+             "expert_tensor_parallel_size"), 1),
+        "data_parallel_size": 2, "world_size": 2, "train_iters": 2, "seq_length": 32, "fp8_recipe": "delayed",
+        "moe_token_dispatcher_type": "alltoall", "moe_aux_loss_coeff": 0.0, "vocab_size": 320, "eval_iters": 0,
+        "multi_latent_attention": False,
     }  # fmt: skip
     assert changes.keys() <= values.keys()
     return SimpleNamespace(**values | changes)
@@ -231,48 +249,38 @@ def megatron(**changes: object) -> SimpleNamespace:
     ],
 )
 def test_what_goes_together(files, changes):
-    options.check_together(megatron(**changes), loaded(files))
-
-
-@pytest.mark.parametrize(
-    "changes, flag",
-    [
-        ({"context_parallel_size": 2}, "--context-parallel-size"),
-        ({"hybrid_context_parallel": True}, "--hybrid-context-parallel"),
-        ({"data_path": ["x"]}, "--data-path"),
-        ({"sft": True}, "--sft"),
-        ({"mtp_num_layers": 1}, "--mtp-num-layers"),
-        ({"iterations_to_skip": [3]}, "--iterations-to-skip"),
-        ({"rampup_batch_size": [1, 1, 1]}, "--rampup-batch-size"),
-        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
-        ({"recompute_granularity": "full"}, "--recompute-granularity"),
-    ],
-)
-def test_flags_that_contradict_a_plan(files, changes, flag):
-    with pytest.raises(ConfigError, match=f"^{flag} cannot be used with --hbp-plan: .") as refused:
-        options.check_together(megatron(**changes), loaded(files))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "changes", [{"calculate_per_token_loss": False}, {"micro_batch_size": 2}, {"dataloader_type": "single"}]
-)
-def test_flags_that_a_plan_needs(files, changes):
-    with pytest.raises(ConfigError, match=r"^--hbp-plan needs --calculate-per-token-loss, --micro-batch-size 1"):
-        options.check_together(megatron(**changes), loaded(files))
+    checks.check_plans(megatron(**changes), loaded(files))
 
 
 def test_a_plan_for_other_ranks(files):
     args = megatron(data_parallel_size=4, world_size=16, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     with pytest.raises(PlanError) as refused:
-        options.check_together(args, loaded(files))
+        checks.check_plans(args, loaded(files))
     for part in ("for 2 data-parallel ranks", "this run has 4", "world 16 / TP 2 / PP 2", "hbp plan --ranks 4"):
         assert part in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"vocab_size": 319}, "--vocab-size 319 is less than the 320 words"),
+        ({"eval_iters": 5}, "--eval-iters 5 needs held-out samples: give --hbp-valid-plan"),
+        (
+            {"world_size": 4, "pipeline_model_parallel_size": 2, "fp8": "hybrid", "fp8_recipe": "mxfp8",
+             "tensor_model_parallel_size": 2, "sequence_parallel": True},
+            "exchange 32 local tokens, which is no multiple of 64",
+        ),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together(files, changes, told):
+    equal = (Tier(packing_length=32), Tier(packing_length=64, cp_degree=2))
+    with pytest.raises(ConfigError, match=told):
+        checks.check_plans(megatron(**changes), loaded(files, tiers=equal))
+
+
 def test_more_iterations_than_steps(files):
     with pytest.raises(PlanError, match="--train-iters 3 exceeds the plan's 2 steps"):
-        options.check_together(megatron(train_iters=3), loaded(files))
+        checks.check_plans(megatron(train_iters=3), loaded(files))
 
 
 @pytest.mark.parametrize(
@@ -285,19 +293,9 @@ def test_more_iterations_than_steps(files):
     ],
 )
 def test_what_would_make_ranks_of_a_gang_schedule_meet_is_refused(files, changes, flag):
-    options.check_together(megatron(), loaded(files, schedule="gang"))
+    checks.check_plans(megatron(), loaded(files, schedule="gang"))
     with pytest.raises(ConfigError, match=f"{flag} cannot be used with a plan of schedule 'gang'"):
-        options.check_together(megatron(**changes), loaded(files, schedule="gang"))
-
-
-def test_the_model_is_built_for_the_policies_of_all_tiers(files):
-    args = megatron()
-    options.build_for_every_policy(args, loaded(files))
-    assert args.recompute_granularity is None
-    policies = [Recompute(granularity="selective", modules=names) for names in (("mlp",), ("core_attn", "mlp"))]
-    tiers = tuple(dataclasses.replace(t, recompute=p) for t, p in zip(TIERS, policies, strict=True))
-    options.build_for_every_policy(args, loaded(files, tiers=tiers))
-    assert (args.recompute_granularity, args.recompute_modules) == ("selective", ["core_attn", "mlp"])
+        checks.check_plans(megatron(**changes), loaded(files, schedule="gang"))
 
 
 def test_pipeline_stages_of_unequal_local_tokens(files):
@@ -305,26 +303,18 @@ def test_pipeline_stages_of_unequal_local_tokens(files):
     stages = {"pipeline_model_parallel_size": 2, "world_size": 4}
     interleaved = megatron(**stages, virtual_pipeline_model_parallel_size=2)
     for args in (megatron(**stages), interleaved):
-        options.check_together(args, loaded(files, tiers=equal))
-        assert not options.shapes_vary(args, loaded(files, tiers=equal))
-    options.check_together(megatron(**stages), loaded(files))
-    assert options.shapes_vary(megatron(**stages), loaded(files)) and not options.shapes_vary(megatron(), loaded(files))
+        checks.check_plans(args, loaded(files, tiers=equal))
+        assert not checks.shapes_vary(args, loaded(files, tiers=equal))
+    checks.check_plans(megatron(**stages), loaded(files))
+    assert checks.shapes_vary(megatron(**stages), loaded(files)) and not checks.shapes_vary(megatron(), loaded(files))
     with pytest.raises(ConfigError, match=r"same local tokens \(they have \[16, 32\].* or leave out --num-layers-per"):
-        options.check_together(interleaved, loaded(files))
+        checks.check_plans(interleaved, loaded(files))
     experts = megatron(**stages, num_experts=8, moe_token_dispatcher_type="allgather")
     with pytest.raises(ConfigError, match=r"--moe-token-dispatcher-type allgather .*: use alltoall"):
-        options.check_together(experts, loaded(files))
+        checks.check_plans(experts, loaded(files))
 
 
 def test_held_out_tiers_count_too(files):
     stages = megatron(pipeline_model_parallel_size=2, world_size=4)
     equal = loaded(files, tiers=(Tier(packing_length=32), Tier(packing_length=64, cp_degree=2)))
-    assert options.shapes_vary(stages, dataclasses.replace(equal, valid=loaded(files).train))
-
-
-def test_description_is_one_line_of_json(files):
-    tiers = (dataclasses.replace(TIERS[0], recompute=Recompute(granularity="full", num_layers=2)), TIERS[1])
-    line = options.describe(loaded(files, tiers=tiers))
-    assert json.loads(line) == {
-        "plan": plan(tiers=tiers).hash, "tiers": ["16:cp1:full2", "64:cp2"], "ranks": 2, "steps": 2,
-    }  # fmt: skip
+    assert checks.shapes_vary(stages, dataclasses.replace(equal, valid=loaded(files).train))

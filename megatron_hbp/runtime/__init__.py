@@ -1,0 +1,1 @@
+"""What a run is set up from: Megatron-LM's arguments, and what packs of samples require of them."""
