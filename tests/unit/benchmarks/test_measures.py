@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from benchmarks.measures import loss_token_variation, noisy_step_ratio
 
+from benchmarks.measures import loss_token_variation, noisy_step_ratio
 from megatron_hbp.planning.cost.presets import preset
 from tests.unit.planning.plans import few_for_some, plan_of
 
