@@ -57,7 +57,11 @@ def measure(session: Session, setting: Setting, *, is_warm: bool) -> Measurement
         return refused(setting, "out of memory")
     finally:
         _release(session)
-    seconds, spread = gang_seconds(session, times, setting.cp_degree)
+    low, median, high = np.percentile(times, (25, 50, 75))
+    spread = agree(session, False, float((high - low) / median))  # the largest of a rank
+    seconds = (
+        gangs_by_rank(session, times).reshape(-1, setting.cp_degree).max(axis=1)
+    )  # a gang: its slowest rank
     why = over_limit(peak, session.memory_limit)
     return replace(
         refused(setting, why), seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=peak,
@@ -84,30 +88,20 @@ def weigh(session: Session, feed: Feed) -> tuple[int, int | None]:
     return int(most), None if session.on_cuda else int(agree(session, False, saved))
 
 
-def time_repeats(session: Session, feed: Feed, step: int = 0, repeats: int | None = None) -> list[float]:
+def time_repeats(session: Session, feed: Feed, repeats: int | None = None) -> list[float]:
     """Seconds of this rank in each repeat: as many as fill the row's seconds. Raises DoesNotFitError."""
     times: list[float] = []
     wanted = repeats or MOST_REPEATS
     while len(times) < wanted:
         session.clear_gradients()
         begun = time.perf_counter()
-        seconds = _unless_out_of_memory(session, _seconds, feed, step)
+        seconds = _unless_out_of_memory(session, _seconds, feed)
         # Ranks start each repeat together: a rank that runs ahead would be timed with fewer neighbours.
         slowest = agree(session, seconds is None, time.perf_counter() - begun)
         times.append(seconds or 0.0)
         if repeats is None and len(times) == 1:
             wanted = int(np.clip(session.options.seconds / slowest, LEAST_REPEATS, MOST_REPEATS))
     return times
-
-
-def gang_seconds(session: Session, times: list[float], cp_degree: int) -> tuple[np.ndarray, float]:
-    """(median seconds of every gang [gangs], the largest spread of a rank): a gang takes what its slowest rank takes.
-
-    Collective over the world.
-    """
-    low, median, high = np.percentile(times, (25, 50, 75))
-    spread = agree(session, False, float((high - low) / median))
-    return gangs_by_rank(session, times).reshape(-1, cp_degree).max(axis=1), spread
 
 
 def gangs_by_rank(session: Session, times: list[float]) -> np.ndarray:
@@ -172,37 +166,37 @@ def _release(session: Session) -> None:
 # ---------------------------------------------------------------- one run
 
 
-def _seconds(session: Session, feed: Feed, step: int) -> float:
+def _seconds(session: Session, feed: Feed) -> float:
     """Device seconds on CUDA; elsewhere CPU seconds of this process and its threads, at the yardstick's speed."""
     if session.yardstick is not None:
         before, begun = session.yardstick.read(), time.process_time()
-        session.forward_backward(feed, step)
+        session.forward_backward(feed)
         spent = time.process_time() - begun
         return session.yardstick.corrected(spent, before, session.yardstick.read())
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(session.device)
+    torch.cuda.synchronize(session.runtime.device)
     start.record()
-    session.forward_backward(feed, step)
+    session.forward_backward(feed)
     end.record()
-    torch.cuda.synchronize(session.device)
+    torch.cuda.synchronize(session.runtime.device)
     return start.elapsed_time(end) / 1e3
 
 
 def reserved_peak(session: Session, feed: Feed) -> tuple[float, float]:
     """(bytes that the allocator reserved at most, and what lies outside it, 0) of one run on a device."""
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(session.device)
+    torch.cuda.reset_peak_memory_stats(session.runtime.device)
     session.forward_backward(feed)
-    torch.cuda.synchronize(session.device)
-    free, total = torch.cuda.mem_get_info(session.device)
-    outside = total - free - torch.cuda.memory_reserved(session.device)
-    return float(torch.cuda.max_memory_reserved(session.device) + outside), 0.0
+    torch.cuda.synchronize(session.runtime.device)
+    free, total = torch.cuda.mem_get_info(session.runtime.device)
+    outside = total - free - torch.cuda.memory_reserved(session.runtime.device)
+    return float(torch.cuda.max_memory_reserved(session.runtime.device) + outside), 0.0
 
 
 FORWARD_DONE = "hbp profile: forward done"
 
 
-def allocated_peak(session: Session, feed: Feed, step: int = 0) -> tuple[float, float]:
+def allocated_peak(session: Session, feed: Feed) -> tuple[float, float]:
     """(highest sum of what torch's CPU allocator gave and took back, that sum between forward and backward) of one run.
 
     Hooks on saved tensors would tell the second as well, and keep tensors alive that are free without them.
@@ -215,7 +209,7 @@ def allocated_peak(session: Session, feed: Feed, step: int = 0) -> tuple[float, 
             return result
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        session.forward_backward(feed, step, forward_step)
+        session.forward_backward(feed, forward_step)
     held = peak = saved = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":

@@ -55,11 +55,6 @@ class Session:
     """None on CUDA."""
 
     @property
-    def device(self) -> torch.device:
-        """That of this rank."""
-        return self.runtime.device
-
-    @property
     def num_ranks(self) -> int:
         """Data-parallel ranks."""
         return self.runtime.args.data_parallel_size
@@ -67,7 +62,7 @@ class Session:
     @property
     def on_cuda(self) -> bool:
         """Whether a device is timed, or this process."""
-        return self.device.type == "cuda"
+        return self.runtime.device.type == "cuda"
 
     def feed(self, plan: Plan) -> Feed:
         """Synthetic tokens for this rank's part of `plan`, again and again."""
@@ -84,10 +79,10 @@ class Session:
         for chunk in self.model:
             chunk.zero_grad_buffer()
 
-    def forward_backward(self, feed: Feed, step: int = 0, forward_step: Any = None) -> None:
-        """All micro-batches of one step of the feed's plan, through Megatron-LM's own schedule; no optimizer step."""
+    def forward_backward(self, feed: Feed, forward_step: Any = None) -> None:
+        """All micro-batches of step 0 of the feed's plan, through Megatron-LM's own schedule; no optimizer step."""
         self.runtime.run_step(
-            get_forward_backward_func(), self.model, feed, step, data_iterator=feed,
+            get_forward_backward_func(), self.model, feed, 0, data_iterator=feed,
             forward_step_func=forward_step or make_forward_step(), seq_length=self.runtime.args.seq_length,
             micro_batch_size=1, forward_only=False,
         )  # fmt: skip

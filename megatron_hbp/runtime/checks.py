@@ -28,12 +28,7 @@ def shapes_vary(args: Any, options: HbpOptions) -> bool:
 
     Megatron-LM 0.19.2 has the setting (`variable_seq_lengths`) but no flag for it.
     """
-    return args.pipeline_model_parallel_size > 1 and _stage_lengths(options) != [args.seq_length]
-
-
-def _stage_lengths(options: HbpOptions) -> list[int]:
-    """The local tokens that the tiers of both plans have, each once."""
-    return sorted({tier.local_tokens for tier in options.tiers})
+    return args.pipeline_model_parallel_size > 1 and {t.local_tokens for t in options.tiers} != {args.seq_length}
 
 
 def check_layout(args: Any) -> None:
@@ -70,7 +65,7 @@ def check_plans(args: Any, options: HbpOptions) -> None:
 
 
 def _check_stages(args: Any, options: HbpOptions) -> None:
-    lengths, unit = _stage_lengths(options), feed_unit(args)
+    lengths, unit = sorted({tier.local_tokens for tier in options.tiers}), feed_unit(args)
     if not shapes_vary(args, options):
         if args.seq_length % unit:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """Our flags (`--hbp-*`), read once; the Megatron-LM flags that follow from a plan."""
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,10 +80,7 @@ def add_hbp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def _repair_help(parser: argparse.ArgumentParser) -> None:
     """Escape the bare percent signs in Megatron-LM's help texts (0.19.2 has some): argparse dies of them in --help."""
     for action in parser._actions:
-        try:
-            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
-        except (ValueError, TypeError, KeyError):
-            action.help = (action.help or "").replace("%", "%%")
+        action.help = action.help and re.sub(r"(?<!%)%(?![(%])", "%%", action.help)
 
 
 def read_own(argv: Sequence[str], add_arguments: AddArguments) -> tuple[argparse.Namespace, list[str]]:

@@ -57,7 +57,7 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        """That of this rank; before Megatron-LM is initialized its type only."""
+        """That of this rank."""
         return torch.device(torch.cuda.current_device())
 
     def settle(self, plan: Plan) -> tuple[tuple[Tier, ...], list[str]]:
@@ -114,6 +114,9 @@ def set_up(args: Any, options: HbpOptions, *, policies: Mapping[str, Recompute],
         ConfigError: a model or layout that Megatron-LM refuses.
     """
     check_layout(args)
+    torch.cuda.set_device(
+        args.local_rank
+    )  # Megatron-LM does it later: until then all ranks of a node would ask device 0
     # FP8 layers decide at construction what they save for the backward, and Megatron-LM checks modules against the
     # model where the config is made: it is built for all modules, and each micro-batch uses its own policy's
     modules = sorted({name for policy in policies.values() for name in policy.modules})

@@ -4,6 +4,7 @@ A DeepSeek-V2-style model (MLA, shared and routed experts, EP 2) with the distri
 and another recompute policy a tier, through the real entry point on 4 gloo ranks.
 """
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -95,6 +96,14 @@ def test_megatrons_own_count_of_samples_is_the_plans(runs):
     for run, steps in (("straight", samples), ("resumed", samples[STOP:])):
         counted = re.findall(r"consumed samples: +(\d+) ", getattr(runs, run).out)
         assert list(map(int, counted)) == steps
+
+
+def test_the_record_of_the_run_lies_beside_its_checkpoints(runs):
+    record = json.loads((runs.folder / "saved" / "run.json").read_text())
+    (plan,) = record["plans"]
+    assert plan["plan_hash"] == runs.plan.hash and plan["tiers"][2] == "256:cp4:full1:exchange=a2a"
+    assert record["layout"]["expert_parallel"] == 2 and record["options"]["hbp_plan"] == str(runs.folder / "plan")
+    assert record["megatron_lm"]["kv_lora_rank"] == 16 and "seed" not in record["megatron_lm"]
 
 
 @pytest.mark.slow

@@ -104,6 +104,7 @@ MLA = {
 def set_up(monkeypatch) -> Callable[..., Runtime]:
     """`set_up` with a stand-in for Megatron-LM's config, which has the attributes of the arguments."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(setup, "install_context_capture", lambda: None)
     monkeypatch.setattr(setup, "model_config", lambda args: SimpleNamespace(transformer=args, pre_wrap_hooks=[]))
 
@@ -113,7 +114,7 @@ def set_up(monkeypatch) -> Callable[..., Runtime]:
         values: dict[str, Any] = {
             **dict.fromkeys(("fp8", "fp4", "recompute_granularity")), "recompute_modules": [],
             **dict.fromkeys(("expert_tensor_parallel_size", "expert_model_parallel_size"), 1),
-            "pipeline_model_parallel_size": 1, "world_size": 8, "apply_rope_fusion": True,
+            "pipeline_model_parallel_size": 1, "world_size": 8, "local_rank": 0, "apply_rope_fusion": True,
             "mla_down_proj_fusion": False, "params_dtype": torch.bfloat16,
         }  # fmt: skip
         options = dataclasses.replace(HbpOptions.from_argv([]), exchange=exchange)
