@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_hbp.errors import ConfigError, DiskError
+from megatron_hbp.families import model_flags
 from megatron_hbp.planning.core.machine import H100
 from megatron_hbp.planning.core.model import AttentionShape
 from megatron_hbp.planning.core.tiers import Recompute, Tier
@@ -158,10 +159,13 @@ def test_an_attention_kernel_that_cannot_run_is_refused(set_up):
         runtime.settle(plan_with())
 
 
-@pytest.mark.parametrize("recipe, rope", [("recipes/deepseek-v2.sh", "yarn"), ("scripts/profile_cuda.sh", "rope")])
-def test_mla_starts_with_the_rope_fusion_that_is_the_default_on_cuda(set_up, monkeypatch, recipe, rope):
-    """As the recipe and the script have it: without the flags of the CPU platform layer, which hide it."""
-    flags = (ROOT / recipe).read_text()
+@pytest.mark.parametrize(
+    "recipe, family, rope",
+    [("recipes/deepseek-v2.sh", ["deepseek-v2"], "yarn"), ("scripts/profile_cuda.sh", [], "rope")],
+)
+def test_mla_starts_with_the_rope_fusion_that_is_the_default_on_cuda(set_up, monkeypatch, recipe, family, rope):
+    """As the recipe, with its family's flags, and the script have it: no flags of the CPU layer, which hide it."""
+    flags = " ".join([(ROOT / recipe).read_text(), *(word for name in family for word in model_flags(name))])
     assert re.search(rf"--rope-type\s+{rope}", flags) and "rope-fusion" not in flags
     args = add_megatron_arguments(argparse.ArgumentParser()).parse_args([])
     assert args.apply_rope_fusion
