@@ -24,7 +24,7 @@ test-slow: setup
 	@$(PYTHON) -m pytest -m slow
 
 coverage-table: setup
-	@$(PYTHON) -m tests.equivalence.coverage
+	@$(PYTHON) -m tests.equivalence.support.coverage
 
 check: setup
 	@$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 
 from megatron_hbp.data.store import TokenStore  # noqa: E402
 from megatron_hbp.model import context as micro_batch_context  # noqa: E402
-from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
+from megatron_hbp.model.exchange.collectives import count_traffic  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
 from megatron_hbp.planning.core import planfile  # noqa: E402
 from megatron_hbp.planning.core.exchanges import usable  # noqa: E402
@@ -30,9 +30,9 @@ from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
 from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training.feed import Feed, MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
-from tests.equivalence.stepping import groups_of, laid_out  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
+from tests.equivalence.support.stepping import groups_of, laid_out  # noqa: E402
 
 COUNTED_TOKENS = 64
 """Local tokens of a counted micro-batch: elements per token are the same for any number."""
@@ -93,9 +93,9 @@ def count_bytes(shapes: dict[str, AttentionShape], degrees: list[int]) -> list[d
 
 def _counted(chunks: list, batch: MicroBatch) -> dict[str, Any]:
     """Forward and backward counted separately."""
-    with counted(NODE_SIZE) as there:
+    with count_traffic(NODE_SIZE) as there:
         loss = forward(chunks, batch)
-    with counted(NODE_SIZE) as back:
+    with count_traffic(NODE_SIZE) as back:
         loss.backward()
     chunks[0].zero_grad_buffer()
     per_token = 4.0 * COUNTED_TOKENS  # fp32: bytes received -> elements per local token

@@ -155,7 +155,7 @@ def recompute_table() -> Table:
     from megatron.core import parallel_state
 
     from megatron_hbp.model.recompute import install_context_capture
-    from tests.equivalence.models import build
+    from tests.equivalence.support.models import build
 
     table = table_of(
         f"{STACK['num_layers']} layers of Llama-3.2-1B, bf16, one sample, CP 1, forward + backward: ms and GiB "
@@ -182,7 +182,7 @@ def recompute_cell(model: torch.nn.Module, policy: Recompute, num_tokens: int) -
     from megatron_hbp.model.recompute import RecomputeSwitch
     from megatron_hbp.training.forward import make_forward_step
     from megatron_hbp.training.transfer import on_device
-    from tests.equivalence.models import VOCABULARY
+    from tests.equivalence.support.models import VOCABULARY
     from tests.unit.model.packs import micro_batch_of
 
     torch.cuda.empty_cache()

@@ -63,7 +63,7 @@ class PackedCoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """[s, 1, h, d], [s, 1, k, d], [s, 1, k, dv] -> [s, 1, h * dv]; without a value from MLA's latents."""
         context = micro_batch.current()
-        kernel = kernels.choose(context.tier.kernel, query.device, query.dtype)
+        kernel = kernels.select(context.tier.kernel, query.device, query.dtype)
         if value is None:
             assert self.up_projection is not None
             parts = self.up_projection.attention(query.squeeze(1), key.squeeze(1), kernel, self.softmax_scale)

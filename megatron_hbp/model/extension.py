@@ -26,7 +26,7 @@ def drop_stale_lock(modules: Iterable[str], *, stale: float = STALE_SECONDS) -> 
     """
     if MODULES.isdisjoint(modules) or os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    lock, told = Path(_get_build_directory(NAME, verbose=False)) / "lock", False
+    lock, warned = Path(_get_build_directory(NAME, verbose=False)) / "lock", False
     while lock.exists():
         try:
             left = lock.stat().st_mtime + stale - time.time()
@@ -36,7 +36,7 @@ def drop_stale_lock(modules: Iterable[str], *, stale: float = STALE_SECONDS) -> 
             lock.unlink(missing_ok=True)
             print(f"> hbp: deleted {lock}, left by a run that was killed", file=sys.stderr, flush=True)
             return
-        if not told:
+        if not warned:
             print(f"> hbp: another run builds an extension ({lock}); waiting {left:.0f} s at most", file=sys.stderr)
-            told = True
+            warned = True
         time.sleep(min(left, 1.0))

@@ -105,7 +105,7 @@ def _te_attention(heads: int, kv_heads: int, qk_width: int, v_width: int, scale:
 
 
 KERNELS: dict[str, Kernel] = {"te": te, "flash": flash, "varlen": varlen, "reference": reference}
-"""In the order in which `choose` tries them."""
+"""In the order in which `select` tries them."""
 PACKAGES = {"te": "transformer_engine", "flash": "flash_attn"}
 
 
@@ -122,7 +122,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+def select(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
     """The kernel `name`; for "auto" the first of `KERNELS` that can run.
 
     Raises:

@@ -6,9 +6,9 @@ computed on exactly one rank whatever the CP degree, so the same code is exact f
 micro-batch weighs nothing.
 
 Logits are large: 16K tokens x 128K words in fp32 are 8.4 GB. So they are computed for supervised positions only, which
-are first dealt evenly over the CP ranks (a document's supervised part lies in its last slices), and in chunks, of which
-one at a time stands in memory: all but the last are computed again in the backward. The loss keeps the dtype of fp64
-and fp32 logits; fp16 and bf16 are computed in fp32 (Megatron-LM's own cross-entropy casts fp64 to fp32, which hides
+are first spread evenly over the CP ranks (a document's supervised part lies in its last slices), and in chunks, of
+which one at a time stands in memory: all but the last are computed again in the backward. The loss keeps the
+dtype of fp64 and fp32 logits; fp16 and bf16 are computed in fp32 (Megatron-LM's own cross-entropy casts fp64 to fp32, which hides
 6e-8 from an exactness test).
 
 Legend: `s` local tokens, `r` supervised ones of them, `q` those whose loss is computed here, `v` words of the
@@ -91,7 +91,7 @@ def _on_whole_sequence(output_layer: Any) -> Iterator[None]:
 
 
 class _Spread(torch.autograd.Function):
-    """All-to-all of rows: the first rows_to[0] go to rank 0, and so on; backward sends the gradients home."""
+    """All-to-all of rows: the first rows_to[0] go to rank 0, and so on; backward sends the gradients back."""
 
     @staticmethod
     def forward(

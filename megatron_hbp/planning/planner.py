@@ -13,7 +13,7 @@ from megatron_hbp.planning.packing.hierarchical import balanced_packs, filled_pa
 from megatron_hbp.planning.packing.methods import METHODS, packing_method
 from megatron_hbp.planning.request import OUR_PACKING, Planner, Request, Schedule, occurrences
 from megatron_hbp.planning.schedule.gang import gang_packs
-from megatron_hbp.planning.schedule.loss_tokens import even_out
+from megatron_hbp.planning.schedule.loss_tokens import balance_loss_tokens
 from megatron_hbp.planning.schedule.placement import place_lockstep, write_plan
 
 
@@ -29,7 +29,7 @@ def make_plan(samples: Samples, request: Request) -> Plan:
             packs = filled_packs(planned.lengths, request.tiers, packing_method(request.packing), rng)
         placement = place_lockstep(packs, planned, request, rng)
     if request.packing == OUR_PACKING:
-        packs = even_out(packs, planned, placement, request)
+        packs = balance_loss_tokens(packs, planned, placement, request)
     return write_plan(packs, planned, placement, request, samples)
 
 

@@ -45,7 +45,7 @@ FLAGS = (
 _applied = False
 
 
-def wanted() -> bool:
+def is_needed() -> bool:
     """True where there is no CUDA device, or where HBP_PLATFORM=cpu asks for this layer."""
     return os.environ.get("HBP_PLATFORM") == "cpu" or not torch.cuda.is_available()
 
@@ -231,7 +231,7 @@ def no_compile() -> None:
     torch._dynamo.config.disable = True
 
 
-@patch("gloo wants all_to_all_single's split sizes as ints; the token dispatcher passes arrays and tensors")
+@patch("gloo requires all_to_all_single's split sizes as ints; the token dispatcher passes arrays and tensors")
 def gloo_split_sizes_are_ints() -> None:
     """Turn numpy and tensor split sizes into lists of int before all_to_all_single."""
     all_to_all_single = torch.distributed.all_to_all_single
@@ -246,7 +246,7 @@ def gloo_split_sizes_are_ints() -> None:
     setattr(torch.distributed, "all_to_all_single", call)  # noqa: B010
 
 
-@patch("gloo wants equal parts in all_gather and reduce_scatter; experts under TP hand over unequal ones")
+@patch("gloo requires equal parts in all_gather and reduce_scatter; experts under TP hand over unequal ones")
 def gloo_takes_unequal_parts() -> None:
     """Gather and reduce-scatter parts of unequal length in the first dimension through all_to_all_single."""
     distributed: Any = torch.distributed
@@ -330,7 +330,9 @@ def names_of_transformer_engine() -> None:
     random.activation_recompute_forward = lambda activation_recompute, recompute_phase: contextlib.nullcontext()
 
 
-@patch("distrib_optimizer.py:839 wants the step of an optimizer that has not stepped yet when a checkpoint is loaded")
+@patch(
+    "distrib_optimizer.py:839 requires the step of an optimizer that has not stepped yet when a checkpoint is loaded"
+)
 def optimizer_loads_before_its_first_step() -> None:
     """Let DistributedOptimizer.state_dict() say step 0 before the first step; only torch's own Adam needs that."""
     from megatron.core.optimizer import distrib_optimizer

@@ -13,7 +13,7 @@ from megatron_hbp.planning.core.json_files import write_json
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.cost.model import CostModel
 from megatron_hbp.profiling.measure import DoesNotFitError, RanksStuckError, gangs_by_rank, time_repeats
-from megatron_hbp.profiling.progress import counted
+from megatron_hbp.profiling.progress import track_items
 from megatron_hbp.profiling.session import Session
 from megatron_hbp.report.profile_tables import print_check
 
@@ -45,7 +45,9 @@ def check_plan(session: Session, plan: Plan, path: Path, cost: CostModel) -> Non
     slots = sorted(set(zip(plan.pack_step.tolist(), plan.pack_slot.tolist(), strict=True)))
     times: dict[tuple[int, int], list[float]] = {at: [] for at in slots}
     # all slots in turn, and again: repeats in a row would share the machine's mood
-    for turn, at in counted([(turn, at) for turn in range(REPEATS + 1) for at in slots], "checking the plan's packs"):
+    for turn, at in track_items(
+        [(turn, at) for turn in range(REPEATS + 1) for at in slots], "checking the plan's packs"
+    ):
         try:
             (seconds,) = time_repeats(session, session.feed(_slot(plan, *at)), repeats=1)
         except (DoesNotFitError, RanksStuckError) as error:

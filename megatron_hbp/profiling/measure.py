@@ -59,9 +59,7 @@ def measure(session: Session, setting: Setting, *, is_warm: bool) -> Measurement
         _release(session)
     low, median, high = np.percentile(times, (25, 50, 75))
     spread = agree(session, False, float((high - low) / median))  # the largest of a rank
-    seconds = (
-        gangs_by_rank(session, times).reshape(-1, setting.cp_degree).max(axis=1)
-    )  # a gang: its slowest rank
+    seconds = gangs_by_rank(session, times).reshape(-1, setting.cp_degree).max(axis=1)  # a gang: its slowest rank
     why = over_limit(peak, session.memory_limit)
     return replace(
         refused(setting, why), seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=peak,
@@ -91,8 +89,8 @@ def weigh(session: Session, feed: Feed) -> tuple[int, int | None]:
 def time_repeats(session: Session, feed: Feed, repeats: int | None = None) -> list[float]:
     """Seconds of this rank in each repeat: as many as fill the row's seconds. Raises DoesNotFitError."""
     times: list[float] = []
-    wanted = repeats or MOST_REPEATS
-    while len(times) < wanted:
+    num_repeats = repeats or MOST_REPEATS
+    while len(times) < num_repeats:
         session.clear_gradients()
         begun = time.perf_counter()
         seconds = _unless_out_of_memory(session, _seconds, feed)
@@ -100,7 +98,7 @@ def time_repeats(session: Session, feed: Feed, repeats: int | None = None) -> li
         slowest = agree(session, seconds is None, time.perf_counter() - begun)
         times.append(seconds or 0.0)
         if repeats is None and len(times) == 1:
-            wanted = int(np.clip(session.options.seconds / slowest, LEAST_REPEATS, MOST_REPEATS))
+            num_repeats = int(np.clip(session.options.seconds / slowest, LEAST_REPEATS, MOST_REPEATS))
     return times
 
 

@@ -16,7 +16,7 @@ FIXED_TOKENS = 512
 """A row costs at least what so many tokens cost: launches, and the agreement of the ranks."""
 
 
-def counted[T](items: Sequence[T], what: str) -> Iterable[T]:
+def track_items[T](items: Sequence[T], what: str) -> Iterable[T]:
     """`items`, with a bar and the time left where rank 0 has a terminal."""
     console = Console(stderr=True)
     show = console.is_terminal and os.environ.get("RANK", "0") == "0"

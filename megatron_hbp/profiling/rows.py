@@ -80,7 +80,7 @@ def _open(options: ProfileOptions, session: Session) -> ProfileTable:
         tokens, degree, recompute, shape = options.failure_note.read_text(encoding="utf-8").split()
         failed: Any = Setting(tokens=int(tokens), cp_degree=int(degree), recompute=recompute, shape=shape)  # type: ignore[arg-type]
         table = table.with_row(refused(failed, "out of memory on one rank, the others were in an exchange"))
-    profile_table.save(table, options.out)  # a place that can't be written is told now, not after an hour
+    profile_table.save(table, options.out)  # a place that can't be written is reported now, not after an hour
     options.failure_note.unlink(missing_ok=True)
     return table
 

@@ -71,7 +71,7 @@ class Session:
         store = SyntheticStore(
             lengths=lengths, vocabulary=self.runtime.args.vocab_size, supervised=self.options.supervised
         )
-        tiers, _ = self.runtime.settle(plan)
+        tiers, _ = self.runtime.resolve(plan)
         return self.runtime.feed(plan, store, tiers, self.groups, cyclic=True)
 
     def clear_gradients(self) -> None:

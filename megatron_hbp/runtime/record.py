@@ -30,8 +30,8 @@ def write_record(runtime: Runtime, tiers: Sequence[Sequence[Tier]]) -> None:
     if options.run_dir is None or args.rank:
         return
     plans = [
-        {"plan_hash": part.plan.hash, "tiers": [str(tier) for tier in settled]}
-        for part, settled in zip(options.data, tiers, strict=True)
+        {"plan_hash": part.plan.hash, "tiers": [str(tier) for tier in resolved]}
+        for part, resolved in zip(options.data, tiers, strict=True)
     ]
     defaults = megatron_defaults()
     changed = {name: value for name, value in vars(args).items() if name in defaults and value != defaults[name]}

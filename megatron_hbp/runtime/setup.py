@@ -1,6 +1,6 @@
 """A run on packs, set up once: what training, profiling and other programs share between their flags and their model.
 
-    argv --HbpOptions, parse--> args --set_up--> Runtime --> model config, CP groups, settled tiers, feeds, steps
+    argv --HbpOptions, parse--> args --set_up--> Runtime --> model config, CP groups, resolved tiers, feeds, steps
 
 To be imported after `parse`, which applies the platform layer: Megatron-LM is imported here.
 """
@@ -60,7 +60,7 @@ class Runtime:
         """That of this rank."""
         return torch.device(torch.cuda.current_device())
 
-    def settle(self, plan: Plan) -> tuple[tuple[Tier, ...], list[str]]:
+    def resolve(self, plan: Plan) -> tuple[tuple[Tier, ...], list[str]]:
         """The plan's tiers with their exchanges, and lines for the log.
 
         Raises:
@@ -68,7 +68,7 @@ class Runtime:
         """
         tp = self.args.tensor_model_parallel_size
         machine = replace(self.options.machine, node_size=ranks_of_node(tp))
-        tiers, lines = settle_tiers(
+        tiers, lines = resolve_tiers(
             plan,
             model_of_args(self.args).attention.on_tensor_parallel_rank(tp),
             machine if self.device.type == "cuda" else None,
@@ -77,7 +77,7 @@ class Runtime:
             no_latents=why_no_latents(self.model.transformer),
         )
         for tier in tiers:
-            kernels.choose(tier.kernel, self.device, self.args.params_dtype)
+            kernels.select(tier.kernel, self.device, self.args.params_dtype)
         return tiers, lines
 
     def make_groups(self, degrees: Iterable[int]) -> CpGroups:
@@ -144,7 +144,7 @@ def model_config(args: Any) -> GPTModelConfig:
         raise refused_by_megatron(error, "this model") from error
 
 
-def settle_tiers(
+def resolve_tiers(
     plan: Plan, shape: AttentionShape, machine: Machine | None, *, exchange: str | None, kernel: Kernel | None,
     no_latents: str | None = None,
 ) -> tuple[tuple[Tier, ...], list[str]]:  # fmt: skip

@@ -37,10 +37,10 @@ def train_on_plan(args: Any, options: HbpOptions) -> None:
     check_plans(args, options)
     policies = {f"tier {tier}": tier.recompute for tier in options.tiers}
     runtime = set_up(args, options, policies=policies, shapes_vary=shapes_vary(args, options))
-    settled = [runtime.settle(part.plan) for part in options.data]
-    plan, tiers = options.train.plan, [each for each, _ in settled]
+    resolved = [runtime.resolve(part.plan) for part in options.data]
+    plan, tiers = options.train.plan, [each for each, _ in resolved]
     said = {"plan": plan.hash, "tiers": [str(t) for t in plan.tiers], "ranks": plan.num_ranks, "steps": plan.num_steps}
-    say(json.dumps(said), *runtime.notes, *settled[0][1])
+    say(json.dumps(said), *runtime.notes, *resolved[0][1])
     args.hbp_plan_hash = plan.hash  # Megatron-LM saves its arguments in checkpoints
     write_record(runtime, tiers)
     metrics = RunMetrics(plan, options.metrics)
@@ -65,10 +65,10 @@ def feeds_provider(runtime: Runtime, tiers: Sequence[Sequence[Tier]]) -> Callabl
         say(made.describe(ranks_of_node()))
         return made
 
-    def feed_of(part: PlannedData, settled: Sequence[Tier], node_ranks: list[int]) -> Feed:
+    def feed_of(part: PlannedData, resolved: Sequence[Tier], node_ranks: list[int]) -> Feed:
         is_valid = part is options.valid
         return runtime.feed(
-            part.plan, part.store, settled, groups(), cyclic=is_valid, node_ranks=node_ranks,
+            part.plan, part.store, resolved, groups(), cyclic=is_valid, node_ranks=node_ranks,
             first_step=0 if is_valid else runtime.args.iteration, read_ahead=options.read_ahead,
         )  # fmt: skip
 

@@ -61,7 +61,7 @@ class Ended:
     out: str
     err: str
 
-    def told(self) -> list[str]:
+    def messages(self) -> list[str]:
         """The lines that the program itself wrote on stderr."""
         return [line for line in self.err.splitlines() if "pretrain_hbp:" in line]
 

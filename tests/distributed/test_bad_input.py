@@ -52,9 +52,9 @@ def test_one_clear_line_and_its_code(files, train, plan, store, code, says):
     ended = train("--hbp-plan", getattr(files, plan), "--hbp-store", getattr(files, store), *MODEL, ranks=2)
 
     assert ended.code == code, ended.err[-3000:]
-    assert len(ended.told()) == 1, ended.err[-3000:]
+    assert len(ended.messages()) == 1, ended.err[-3000:]
     for part in says:
-        assert part.format(absent=files.absent) in ended.told()[0]
+        assert part.format(absent=files.absent) in ended.messages()[0]
     assert "Traceback" not in ended.out + ended.err
 
 
@@ -64,5 +64,5 @@ def test_training_that_diverges_ends_with_its_code(files, train):
     ended = train(*plan, *MODEL, "--lr", "1e30", "--clip-grad", 0, ranks=2)
 
     assert ended.code == 70, ended.err[-3000:]
-    assert len(ended.told()) == 1 and "training diverged in iteration 2" in ended.told()[0]
+    assert len(ended.messages()) == 1 and "training diverged in iteration 2" in ended.messages()[0]
     assert "Traceback" not in ended.out + ended.err

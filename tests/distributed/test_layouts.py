@@ -23,7 +23,7 @@ from megatron_hbp.planning.core.plan import DataFingerprint, Plan
 from megatron_hbp.planning.core.samples import Samples
 from megatron_hbp.planning.core.tiers import parse_tiers
 from tests.distributed.conftest import Ended, steps_of, write_store
-from tests.equivalence.plans import plan_of
+from tests.equivalence.support.plans import plan_of
 
 COMMON = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 8 --ffn-hidden-size 48 --swiglu --normalization RMSNorm

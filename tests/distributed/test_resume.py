@@ -122,9 +122,9 @@ def test_the_resumed_run_is_the_straight_one(runs):
 
 def test_another_plan_is_refused_in_one_line(runs):
     assert runs.refused.code == 78, runs.refused.err[-3000:]
-    told = runs.refused.told()
-    assert len(told) == 1, runs.refused.err[-3000:]
-    for line in told:
+    messages = runs.refused.messages()
+    assert len(messages) == 1, runs.refused.err[-3000:]
+    for line in messages:
         assert runs.plan.hash[:12] in line and runs.other_plan.hash[:12] in line
         assert str(runs.folder / "saved") in line
     assert "Traceback" not in runs.refused.out + runs.refused.err

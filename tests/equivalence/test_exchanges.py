@@ -10,8 +10,8 @@ BREAKAGES = ["skipped step", "wrong merge", "gradient to the wrong owner", "caus
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
-    """One launch of 4 ranks runs every case (tests/equivalence/exchanges.py)."""
-    return launch("tests.equivalence.exchanges", ranks=4, tmp_path=tmp_path_factory.mktemp("exchanges"))
+    """One launch of 4 ranks runs every case (tests/equivalence/support/exchanges.py)."""
+    return launch("tests.equivalence.support.exchanges", ranks=4, tmp_path=tmp_path_factory.mktemp("exchanges"))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])

@@ -11,7 +11,7 @@ EXACT, SEEN = 1e-12, 1e-3
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
-    return launch("tests.equivalence.gang", ranks=4, tmp_path=tmp_path_factory.mktemp("gang"))
+    return launch("tests.equivalence.support.gang", ranks=4, tmp_path=tmp_path_factory.mktemp("gang"))
 
 
 def test_ranks_run_unequal_numbers_of_micro_batches(found):

@@ -9,8 +9,8 @@ EXACT = 1e-12
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory) -> dict[str, float]:
-    """One launch of 4 ranks runs every case (tests/equivalence/worker.py)."""
-    return launch("tests.equivalence.worker", ranks=4, tmp_path=tmp_path_factory.mktemp("equivalence"))
+    """One launch of 4 ranks runs every case (tests/equivalence/support/worker.py)."""
+    return launch("tests.equivalence.support.worker", ranks=4, tmp_path=tmp_path_factory.mktemp("equivalence"))
 
 
 @pytest.mark.parametrize("recompute", ["none", "mixed"])

@@ -13,8 +13,8 @@ POLICIES += ["cp2 kv_latent, cp4 qkv_latent recompute=mla_up_proj"]
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory) -> dict:
-    """One launch of 4 ranks runs every case (tests/equivalence/latents.py)."""
-    return launch("tests.equivalence.latents", ranks=4, tmp_path=tmp_path_factory.mktemp("latents"))
+    """One launch of 4 ranks runs every case (tests/equivalence/support/latents.py)."""
+    return launch("tests.equivalence.support.latents", ranks=4, tmp_path=tmp_path_factory.mktemp("latents"))
 
 
 @pytest.mark.parametrize("case", POLICIES)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.equivalence import coverage
-from tests.equivalence.factors import NOT_TOGETHER, Case, all_pairs, pairs_of, pairwise_cases
+from tests.equivalence.support import coverage
+from tests.equivalence.support.factors import NOT_TOGETHER, Case, all_pairs, pairs_of, pairwise_cases
 
 GRADIENTS = 1e-12
 PARAMETERS = {"plain": 1e-10, "distributed": 1e-5}

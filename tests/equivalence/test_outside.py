@@ -14,7 +14,7 @@ SPREAD = "deepseek-v2 float64 cp 1, 2, 4, ep 2"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict[str, list[float]]]:
-    return launch("tests.equivalence.outside", ranks=4, tmp_path=tmp_path_factory.mktemp("outside"))
+    return launch("tests.equivalence.support.outside", ranks=4, tmp_path=tmp_path_factory.mktemp("outside"))
 
 
 def error(run: dict[str, list[float]]) -> float:

@@ -9,7 +9,7 @@ from tests.launching import launch
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
-    return launch("tests.equivalence.waits", ranks=2, tmp_path=tmp_path_factory.mktemp("waits"))
+    return launch("tests.equivalence.support.waits", ranks=2, tmp_path=tmp_path_factory.mktemp("waits"))
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])

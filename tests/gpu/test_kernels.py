@@ -59,8 +59,8 @@ def results(name: str, tensors, segments, scale, towards, *, dtype=torch.bfloat1
     return [x.double() for x in (out, *torch.autograd.grad(out, leaves, towards.to(dtype)))]
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("more_keys", [0, 129])

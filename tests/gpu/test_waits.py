@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.tiers import Recompute, Tier
 from tests.blame import caller
-from tests.equivalence.plans import MemoryStore, plan_of
+from tests.equivalence.support.plans import MemoryStore, plan_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,7 +50,7 @@ def test_no_call_of_ours_waits(one_rank, kind):
     from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
     from megatron_hbp.training.feed import Feed
     from megatron_hbp.training.forward import make_forward_step
-    from tests.equivalence.models import VOCABULARY, build
+    from tests.equivalence.support.models import VOCABULARY, build
 
     install_context_capture()
     chunks = build(kind, dtype=torch.bfloat16, hidden_size=128, max_length=4096, use_cpu_initialization=False)

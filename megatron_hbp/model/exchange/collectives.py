@@ -39,7 +39,7 @@ _counting: Traffic | None = None
 
 
 @contextlib.contextmanager
-def counted(node_size: int) -> Iterator[Traffic]:
+def count_traffic(node_size: int) -> Iterator[Traffic]:
     """Count the traffic of all exchanges, forward and backward, inside the block."""
     global _counting
     previous, _counting = _counting, Traffic(node_size)

@@ -45,7 +45,7 @@ class Hop:
     def __init__(self, outgoing: torch.Tensor, size: int, group: dist.ProcessGroup):
         """Start sending `outgoing` [any] and receiving `size` numbers of the same dtype.
 
-        Without rows one number stands for none: NCCL wants every rank of the group in its first batch.
+        Without rows one number stands for none: NCCL requires every rank of the group in its first batch.
         """
         ranks, here = dist.get_process_group_ranks(group), dist.get_rank(group)
         following, previous = ranks[(here + 1) % len(ranks)], ranks[here - 1]

@@ -1,4 +1,4 @@
-"""Deal short samples into packs so that every pack is full and every pack holds the same mix of lengths.
+"""Distribute short samples into packs so that every pack is full and every pack holds the same mix of lengths.
 
 Sorting packs by cost (balance batching) makes a step's content follow its cost, unless packs of different cost hold the
 same mix. So that is how they are built:
@@ -50,10 +50,10 @@ class Room:
     """int64 [packs], summed log excess of what is in them."""
 
 
-def deal(
+def distribute(
     lengths: np.ndarray, *, mean_log: int, room: Room, capacity: int, num_packs: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Deal samples into the room of long packs and into `num_packs` new packs of `capacity` tokens.
+    """Distribute samples into the room of long packs and into `num_packs` new packs of `capacity` tokens.
 
     `lengths` int64 [n], `mean_log` the mean of all data in `log_units`. Returns pack_of int64 [n]: long packs are
     numbered as in `room`, new ones follow; -1 for samples that are left over. New packs may stay empty where samples
@@ -161,7 +161,7 @@ def _cut(lengths: np.ndarray, demand: np.ndarray, rng: np.random.Generator) -> n
 
 
 def _level(seeds: np.ndarray, lengths: np.ndarray, group_of: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Deal each group's samples to its packs: pack of each sample [n], numbered over all groups.
+    """Distribute each group's samples over its packs: pack of each sample [n], numbered over all groups.
 
     `seeds` [packs] is what is in the packs, `lengths` [n] longest first, `group_of` [n], `sizes` [groups] packs.
     """
@@ -173,10 +173,10 @@ def _level(seeds: np.ndarray, lengths: np.ndarray, group_of: np.ndarray, sizes: 
         block = slice(first, first + _BLOCK_GROUPS)
         samples = by_group[ends[first] - counts[first] : ends[block][-1]]
         first_pack = int(pack_ends[first] - sizes[first])
-        dealt = _level_block(
+        levelled = _level_block(
             seeds[first_pack : pack_ends[block][-1]], lengths[samples], group_of[samples] - first, sizes[block]
         )
-        pack_of[samples] = first_pack + dealt
+        pack_of[samples] = first_pack + levelled
     return pack_of
 
 
@@ -206,12 +206,12 @@ def _level_block(seeds: np.ndarray, lengths: np.ndarray, group: np.ndarray, size
 def top_up(pack_of: np.ndarray, lengths: np.ndarray, free: np.ndarray, may_fill: np.ndarray) -> None:
     """Take out of overfull packs what is too much, shortest first, then fill all room; changes `pack_of` [n] in place.
 
-    `free` int64 [packs] is the room before anything dealt; `may_fill` bool [n] says which samples without a pack may be
-    used.
+    `free` int64 [packs] is the room of packs that are still empty; `may_fill` bool [n] says which samples without a
+    pack may be used.
     """
-    dealt = np.flatnonzero(pack_of >= 0)
-    room = free - np.bincount(pack_of[dealt], lengths[dealt], len(free)).astype(np.int64)
-    suspects = dealt[room[pack_of[dealt]] < 0][::-1]  # shortest first
+    placed = np.flatnonzero(pack_of >= 0)
+    room = free - np.bincount(pack_of[placed], lengths[placed], len(free)).astype(np.int64)
+    suspects = placed[room[pack_of[placed]] < 0][::-1]  # shortest first
     suspects = suspects[stable_order(pack_of[suspects])]
     pack = pack_of[suspects]
     before = np.cumsum(lengths[suspects]) - lengths[suspects]

@@ -1,4 +1,4 @@
-"""From samples to packs, every tier: long ones tightly, then everything short dealt around them."""
+"""From samples to packs, every tier: long ones by the closest fit, short ones distributed around them."""
 
 import heapq
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ import numpy as np
 
 from megatron_hbp.planning.core.arrays import longest_first
 from megatron_hbp.planning.core.tiers import Tier
-from megatron_hbp.planning.packing.best_fit import best_fit_decreasing, pack_tightly
-from megatron_hbp.planning.packing.distribute import Room, deal, log_units
+from megatron_hbp.planning.packing.best_fit import best_fit_decreasing, closest_fit
+from megatron_hbp.planning.packing.distribute import Room, distribute, log_units
 from megatron_hbp.planning.packing.fill import greedy_fill
 from megatron_hbp.planning.packing.methods import PackingMethod
 
 _SPARE_SHARE = 300 / 131072
 """Share of a long pack kept free for short samples: about ten tiny ones even out the content of a step."""
 
-_TIGHT_SAMPLES = 4096
-"""Long samples packed tightly at once; the search for close fits takes quadratic time, and more gain nothing."""
+_CLOSEST_FIT_SAMPLES = 4096
+"""Long samples packed at once; the search for close fits takes quadratic time, and more gain nothing."""
 
 _PART_SAMPLES = 1 << 20
-"""Short samples dealt at once."""
+"""Short samples distributed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ def balanced_packs(lengths: np.ndarray, tiers: tuple[Tier, ...], num_ranks: int,
     short = np.flatnonzero(pack_of < 0)
     tokens = max(0, int(lengths[short].sum() - room.tokens.sum()))
     num_full, num_last = whole_slots(tokens / capacity, int(widths[pack_tier].sum()), width, num_ranks)
-    dealt = _deal_in_parts(lengths[short], mean_log, room, capacity, num_full, rng)
-    left = short[dealt < 0]
-    pack_of[short] = dealt
+    placed = _distribute_in_parts(lengths[short], mean_log, room, capacity, num_full, rng)
+    left = short[placed < 0]
+    pack_of[short] = placed
     num_packs = num_long + num_full
     pack_of[left] = num_packs + spread(lengths[left], capacity, num_last)
 
@@ -113,13 +113,13 @@ def _long_packs(lengths: np.ndarray, tiers: tuple[Tier, ...]) -> tuple[np.ndarra
     pack_tier: list[int] = []
     long = np.flatnonzero(lengths > tiers[0].packing_length)
     long = long[longest_first(lengths[long])]
-    num_parts = -(-len(long) // _TIGHT_SAMPLES)
+    num_parts = -(-len(long) // _CLOSEST_FIT_SAMPLES)
     for part in range(num_parts):
         rest = long[part::num_parts]  # alike in length
         for index in range(len(tiers) - 1, 0, -1):
             capacity = tiers[index].packing_length
             num_own = int((lengths[rest] > tiers[index - 1].packing_length).sum())
-            packed = pack_tightly(lengths[rest], num_own, capacity, int(capacity * _SPARE_SHARE))
+            packed = closest_fit(lengths[rest], num_own, capacity, int(capacity * _SPARE_SHARE))
             joined = packed >= 0
             pack_of[rest[joined]] = packed[joined] + len(pack_tier)
             pack_tier += [index] * (int(packed.max(initial=-1)) + 1)
@@ -127,10 +127,10 @@ def _long_packs(lengths: np.ndarray, tiers: tuple[Tier, ...]) -> tuple[np.ndarra
     return pack_of, np.array(pack_tier, np.int64)
 
 
-def _deal_in_parts(
+def _distribute_in_parts(
     lengths: np.ndarray, mean_log: int, room: Room, capacity: int, num_packs: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """`deal`, a million samples at a time: arrays then stay in the cache, and four times the data take four times."""
+    """`distribute`, a million samples at a time: arrays then stay in the cache, and time stays linear."""
     num_parts = -(-len(lengths) // _PART_SAMPLES)
     num_long = len(room.tokens)
     samples = [np.arange(part, len(lengths), num_parts) for part in range(num_parts)]
@@ -144,9 +144,9 @@ def _deal_in_parts(
     for part, (own, long) in enumerate(zip(samples, targets, strict=True)):
         own_room = Room(tokens=room.tokens[long], excess=room.excess[long])
         count = int(bounds[part + 1] - bounds[part])
-        dealt = deal(lengths[own], mean_log=mean_log, room=own_room, capacity=capacity, num_packs=count, rng=rng)
+        placed = distribute(lengths[own], mean_log=mean_log, room=own_room, capacity=capacity, num_packs=count, rng=rng)
         numbers = np.concatenate([long, num_long + bounds[part] + np.arange(count), [-1]])
-        pack_of[own] = numbers[dealt]  # -1, left over, picks the last
+        pack_of[own] = numbers[placed]  # -1, left over, picks the last
     return pack_of
 
 

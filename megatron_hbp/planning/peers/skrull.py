@@ -4,9 +4,9 @@ Source: Xu et al., "Skrull: Towards Efficient Long Context Fine-tuning through D
 2505.19609: global data scheduling (GDS) and distribution-aware context parallelism (DACP), from the paper's text. The
 group's degree is static: the least that holds the longest sample.
 
-GDS   Each random global batch is dealt to the data-parallel gangs by FLOPs, costliest sample to the gang with least. A
-      gang cuts its share into the fewest micro-batches that its memory allows, each sample, longest first, to the one
-      with the fewest tokens, so that each holds long and short ones.
+GDS   Each random global batch is spread over the data-parallel gangs by FLOPs, the costliest sample to the gang
+      with least. A gang cuts its share into the fewest micro-batches that its memory allows, each sample, longest
+      first, to the one with the fewest tokens, so that each holds long and short ones.
 DACP  A sample over `unit` tokens is distributed: each rank of the gang gets 1 / CP of it. The others, longest first,
       are local to the rank with the fewest FLOPs that has room. Where no rank has room, the sample is distributed too,
       and where even that does not fit, the gang tries with one micro-batch more.

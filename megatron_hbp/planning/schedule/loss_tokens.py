@@ -1,8 +1,8 @@
-"""Make steps alike in loss tokens (supervised tokens) once everything has its place, by trades of like samples.
+"""Make steps alike in loss tokens (supervised tokens) once everything has its place, by swaps of similar samples.
 
-    long samples    those in packs of several ranks trade places with others nearly as long: few of them make a step,
-                    so they decide most of what it is off. A trade must not cost more time than it evens out.
-    all samples     trade places with others of exactly their length: nothing but loss tokens changes.
+    long samples    those in packs of several ranks swap places with others nearly as long: few of them make a step,
+                    so they decide most of what it is off. A swap must not cost more time than it evens out.
+    all samples     swap places with others of exactly their length: nothing but loss tokens changes.
 
 Loss tokens per step then vary by 4.8% instead of 9.1% (Tulu-3 + LongCite lengths, 512K tokens per step; 30% of samples
 with few of them); idle stays at .085%.
@@ -20,10 +20,10 @@ from megatron_hbp.planning.request import Occurrences, Request
 from megatron_hbp.planning.schedule.placement import Placement, pack_seconds
 
 _LONG_ROUNDS, _LONG_REACH = 64, 32
-"""Rounds of trades of long samples, and how far apart in the order of length they are at most."""
+"""Rounds of swaps of long samples, and how far apart in the order of length they are at most."""
 
 _LONG_SPREAD = 0.03
-"""Share by which long samples that trade places may differ in length."""
+"""Share by which long samples that swap places may differ in length."""
 
 _LONG_SHARE = 1 / 4
 """Share of the shortest tier from which a sample counts as long; fillers are shorter as a rule."""
@@ -38,21 +38,21 @@ _EVENNESS = 0.22
 """What the squared deviation of a step is worth, in waiting time over that of a slot: a step 10% off is worth .22%."""
 
 _PLACES, _ROUNDS = 1 << 16, 8
-"""Samples that trade places with their equals, the longest, and rounds: with more of both, steps vary by .4% less."""
+"""Samples that swap places with their equals, the longest, and rounds: with more of both, steps vary by .4% less."""
 
 
-def even_out(packs: Packs, planned: Occurrences, placement: Placement, request: Request) -> Packs:
+def balance_loss_tokens(packs: Packs, planned: Occurrences, placement: Placement, request: Request) -> Packs:
     """`packs` with samples exchanged such that steps hold equal loss tokens; packs stay where they run."""
     lengths, loss = planned.lengths, planned.loss_tokens
     if loss is None or len(placement.num_micro_batches) < 2 or not loss.any():
         return packs
     pack_of = packs.pack_of
     if request.schedule == "lockstep":
-        pack_of = _trade_long(packs, planned, placement, request)
-    return replace(packs, pack_of=trade_equal(pack_of, placement.step, lengths, loss))
+        pack_of = _swap_long(packs, planned, placement, request)
+    return replace(packs, pack_of=swap_equal(pack_of, placement.step, lengths, loss))
 
 
-def trade_equal(pack_of: np.ndarray, step_of_pack: np.ndarray, lengths: np.ndarray, loss: np.ndarray) -> np.ndarray:
+def swap_equal(pack_of: np.ndarray, step_of_pack: np.ndarray, lengths: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Exchange samples of equal length between steps with too many and too few loss tokens: pack_of int64 [n].
 
     `pack_of`, `lengths`, `loss` int64 [n], `step_of_pack` int64 [packs]. Each round pairs samples some places apart in
@@ -101,8 +101,8 @@ def _running(amounts: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Board:
-    """What trades of long samples look at; the arrays of changing content are changed in place."""
+class _SwapState:
+    """What swaps of long samples depend on; the arrays of changing content are changed in place."""
 
     slot: np.ndarray
     """int64 [packs], counted over all steps."""
@@ -122,7 +122,7 @@ class _Board:
     """float64 [steps], loss tokens over their mean - 1, changing."""
 
 
-def _trade_long(packs: Packs, planned: Occurrences, placement: Placement, request: Request) -> np.ndarray:
+def _swap_long(packs: Packs, planned: Occurrences, placement: Placement, request: Request) -> np.ndarray:
     """Exchange long samples of nearly equal length between packs of several ranks: pack_of int64 [n].
 
     Short samples of these packs then move to where room was left.
@@ -135,13 +135,13 @@ def _trade_long(packs: Packs, planned: Occurrences, placement: Placement, reques
     long, short = inside[:num_long], inside[num_long:]
     if not num_long:
         return pack_of
-    board = _board(packs, planned, placement, request, long)
+    state = _swap_state(packs, planned, placement, request, long)
     pack = pack_of[long]
     for turn in range(_LONG_ROUNDS):
-        _trade_round(board, 1 + turn % _LONG_REACH, lengths[long], loss[long] * len(board.off) / loss.sum(), pack)
+        _swap_round(state, 1 + turn % _LONG_REACH, lengths[long], loss[long] * len(state.off) / loss.sum(), pack)
     pack_of[long] = pack
     capacity = np.array([tier.packing_length for tier in request.tiers])[packs.pack_tier]
-    return pack_of if _refill(pack_of, short, lengths, capacity, packs.pack_tier, board.free) else packs.pack_of
+    return pack_of if _refill(pack_of, short, lengths, capacity, packs.pack_tier, state.free) else packs.pack_of
 
 
 def _refill(
@@ -175,7 +175,9 @@ def _refill(
     return True
 
 
-def _board(packs: Packs, planned: Occurrences, placement: Placement, request: Request, long: np.ndarray) -> _Board:
+def _swap_state(
+    packs: Packs, planned: Occurrences, placement: Placement, request: Request, long: np.ndarray
+) -> _SwapState:
     first_slot = np.cumsum(placement.num_micro_batches) - placement.num_micro_batches
     slot = first_slot[placement.step] + placement.slot
     capacity = np.array([tier.packing_length for tier in request.tiers])[packs.pack_tier]
@@ -184,7 +186,7 @@ def _board(packs: Packs, planned: Occurrences, placement: Placement, request: Re
     seconds = pack_seconds(packs, planned.lengths, request)
     in_long = np.bincount(packs.pack_of[long], planned.lengths[long], len(capacity)).astype(np.int64)
     per_step = np.bincount(placement.step[packs.pack_of], planned.loss_tokens)
-    return _Board(
+    return _SwapState(
         slot=slot,
         step=placement.step,
         beside=np.flatnonzero(np.isin(slot, slot[packs.pack_tier > 0])),
@@ -196,38 +198,38 @@ def _board(packs: Packs, planned: Occurrences, placement: Placement, request: Re
     )
 
 
-def _trade_round(board: _Board, distance: int, lengths: np.ndarray, loss: np.ndarray, pack: np.ndarray) -> None:
-    """Let samples `distance` apart trade places where that lowers waiting time plus unevenness; changes `pack` [n].
+def _swap_round(state: _SwapState, distance: int, lengths: np.ndarray, loss: np.ndarray, pack: np.ndarray) -> None:
+    """Let samples `distance` apart swap places where that lowers waiting time plus unevenness; changes `pack` [n].
 
-    `lengths` int64 [n] longest first, `loss` [n] over the mean of a step. A step trades once a round.
+    `lengths` int64 [n] longest first, `loss` [n] over the mean of a step. A step takes part in one swap per round.
     """
     longer, shorter = _pairs(len(lengths), distance)
     more = lengths[longer] - lengths[shorter]
     a, b = pack[longer], pack[shorter]
-    allowed = (board.slot[a] != board.slot[b]) & (more <= _LONG_SPREAD * lengths[longer])
-    allowed &= board.free[b] - more >= _SPARE_TOKENS
+    allowed = (state.slot[a] != state.slot[b]) & (more <= _LONG_SPREAD * lengths[longer])
+    allowed &= state.free[b] - more >= _SPARE_TOKENS
     longer, shorter, more, a, b = (values[allowed] for values in (longer, shorter, more, a, b))
 
     squares = lengths[longer] ** 2 - lengths[shorter] ** 2
-    seconds_a = board.seconds[a] - board.per_square[a] * squares
-    seconds_b = board.seconds[b] + board.per_square[b] * squares
-    slowest, first, second = _two_slowest(board.seconds, board.slot, board.beside)
+    seconds_a = state.seconds[a] - state.per_square[a] * squares
+    seconds_b = state.seconds[b] + state.per_square[b] * squares
+    slowest, first, second = _two_slowest(state.seconds, state.slot, state.beside)
     waiting = np.zeros(len(a))
     for one, after in ((a, seconds_a), (b, seconds_b)):
-        slot = board.slot[one]
+        slot = state.slot[one]
         others = np.where(slowest[slot] == one, second[slot], first[slot])
         waiting += np.maximum(others, after) - first[slot]
-    step_a, step_b = board.step[a], board.step[b]
+    step_a, step_b = state.step[a], state.step[b]
     moved = np.where(step_a == step_b, 0, loss[shorter] - loss[longer])
-    off_a, off_b = board.off[step_a], board.off[step_b]
+    off_a, off_b = state.off[step_a], state.off[step_b]
     uneven = (off_a + moved) ** 2 - off_a**2 + (off_b - moved) ** 2 - off_b**2
-    best = _best_apart(-waiting / board.mean_seconds - _EVENNESS * uneven, step_a, step_b)
+    best = _best_apart(-waiting / state.mean_seconds - _EVENNESS * uneven, step_a, step_b)
 
-    board.seconds[a[best]], board.seconds[b[best]] = seconds_a[best], seconds_b[best]
-    board.off[step_a[best]] += moved[best]
-    board.off[step_b[best]] -= moved[best]
-    board.free[a[best]] += more[best]
-    board.free[b[best]] -= more[best]
+    state.seconds[a[best]], state.seconds[b[best]] = seconds_a[best], seconds_b[best]
+    state.off[step_a[best]] += moved[best]
+    state.off[step_b[best]] -= moved[best]
+    state.free[a[best]] += more[best]
+    state.free[b[best]] -= more[best]
     pack[longer[best]], pack[shorter[best]] = b[best], a[best]
 
 
@@ -248,7 +250,7 @@ def _two_slowest(seconds: np.ndarray, slot: np.ndarray, packs: np.ndarray) -> tu
 
 
 def _best_apart(gain: np.ndarray, step_a: np.ndarray, step_b: np.ndarray) -> np.ndarray:
-    """Indices of trades with `gain` [n] above 0 that share no step with a better one."""
+    """Indices of swaps with `gain` [n] above 0 that share no step with a better one."""
     best_first = np.argsort(-gain, kind="stable")
     best_first = best_first[gain[best_first] > 1e-9]
     place = np.arange(len(best_first))

@@ -78,10 +78,10 @@ def test_buckets_round_up_by_least():
     for _ in range(20):
         sizes = rng.integers(1, 30, rng.integers(1, 12))
         values = np.unique(sizes)
-        wanted = min(3, len(values))
+        expected = min(3, len(values))
         least = min(
             sum(values[ends][np.searchsorted(values[ends], size)] - size for size in sizes)
-            for cut in combinations(range(len(values) - 1), wanted - 1)
+            for cut in combinations(range(len(values) - 1), expected - 1)
             for ends in [[*cut, len(values) - 1]]
         )
         bucket_of = buckets(sizes, 3)

@@ -32,8 +32,10 @@ def command(files, *arguments, lengths="lengths.npy", ranks=8, out="PLAN"):
 
 
 def test_joint_and_paper(files):
-    told = done(*command(files, "--auto"))
-    assert "Chosen:" in told and "Tiers tried on 320 samples" in told and "bound: epoch over the lower bound" in told
+    output = done(*command(files, "--auto"))
+    assert (
+        "Chosen:" in output and "Tiers tried on 320 samples" in output and "bound: epoch over the lower bound" in output
+    )
     assert load(files / "PLAN").tiers[-1].packing_length >= 59_000
     theirs = ["--auto", "--hbp-select", "paper", "--cost", "deepseek-v2-h100", "--memory", "8192:0"]
     assert "as asked" in done(*command(files, *theirs, out="PAPER"))
@@ -57,19 +59,19 @@ def test_what_is_chosen_for_4_ranks_fits_them(files, more):
     """The table of 32 ranks was believed: 16K tokens on a rank, 13 GB over on 4."""
     lengths = np.load(files / "lengths.npy")
     np.save(files / "lengths.npy", np.minimum(lengths, 4 * 8192))
-    told = done(*command(files, "--auto", *more, ranks=4))
-    assert "does not fit" not in told
+    output = done(*command(files, "--auto", *more, ranks=4))
+    assert "does not fit" not in output
     memory = more[:2] if "--gpu-memory" in more else []
     simulated = hbp("simulate", files / "PLAN", "--nodes", 1, "--gpus-per-node", 4, "--json", *memory)
     values = json.loads(simulated.stdout)
     assert values["memory"]["headroom"] >= 0
     if not more:  # what is said is what simulate says
-        assert f"GPU memory, estimate, GB of 80 {values['memory']['peak'] / 1e9:.1f}" in told
+        assert f"GPU memory, estimate, GB of 80 {values['memory']['peak'] / 1e9:.1f}" in output
 
 
 def test_a_model_that_fits_nowhere_is_refused_before_anything_is_tried(files):
-    told = refused(*command(files, "--auto", "--cost", "llama3.1-70b-h100-tp8", "--tp", 8, ranks=1))
-    assert "does not fit 8 GPUs of 80 GB" in str(told)
+    raised = refused(*command(files, "--auto", "--cost", "llama3.1-70b-h100-tp8", "--tp", 8, ranks=1))
+    assert "does not fit 8 GPUs of 80 GB" in str(raised)
 
 
 def test_degrees_that_the_heads_do_not_divide(files):
@@ -106,8 +108,8 @@ def test_memory_of_the_users_own(files):
     ],
 )
 def test_mistakes(files, arguments, message):
-    told = refused(*command(files, *arguments))
-    assert isinstance(told, ConfigError) and message in str(told)
+    raised = refused(*command(files, *arguments))
+    assert isinstance(raised, ConfigError) and message in str(raised)
     assert not (files / "PLAN").exists()
 
 
@@ -130,6 +132,6 @@ def test_the_paper_says_what_its_rows_lack(tmp_path):
     cost_file.save(PLANTED, tmp_path / "p.cost.json")
     np.save(tmp_path / "lengths.npy", np.array([100, 16000, 16384]))
     options = ["--auto", "--profile", tmp_path / "p.json"]
-    told = refused(*command(tmp_path, *options, "--hbp-select", "paper", ranks=4))
-    assert isinstance(told, ConfigError) and "longest sample of 16384" in str(told)
+    raised = refused(*command(tmp_path, *options, "--hbp-select", "paper", ranks=4))
+    assert isinstance(raised, ConfigError) and "longest sample of 16384" in str(raised)
     done(*command(tmp_path, *options, ranks=4))  # joint goes beyond the rows: 4,096 tokens on each of four ranks

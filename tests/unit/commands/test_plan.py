@@ -99,9 +99,9 @@ def test_the_default_cost_model_is_the_same_named_or_not(files):
 
 
 def test_none_asks_for_no_recompute(files):
-    told = plan(files, "--ranks", 8, "--tiers", "16384:cp1:none,131072:cp8", "--step-tokens", 131072)
+    output = plan(files, "--ranks", 8, "--tiers", "16384:cp1:none,131072:cp8", "--step-tokens", 131072)
     assert [tier.recompute.num_layers for tier in load(files / "PLAN").tiers] == [0, 28]
-    assert "does not fit into memory: tier 16384:cp1 needs full28 to fit" in told
+    assert "does not fit into memory: tier 16384:cp1 needs full28 to fit" in output
 
 
 def test_a_cost_file_is_part_of_the_plan_by_what_it_says_not_by_its_path(files, monkeypatch):
@@ -149,17 +149,17 @@ def test_a_saved_cost_model_keeps_its_memory_and_is_simulated_at_another_tensor_
 
 def test_a_plan_that_does_not_fit_says_so_and_is_written(files):
     """Two GPUs cannot hold weights, gradients and optimizer of the 8B; nothing was said."""
-    told = plan(files, "--ranks", 2, "--tiers", "1024:cp1,8192:cp2", "--step-tokens", 16384)
-    assert "note: the plan does not fit into memory: llama3.1-8b does not fit 2 GPUs of 80 GB" in told
+    output = plan(files, "--ranks", 2, "--tiers", "1024:cp1,8192:cp2", "--step-tokens", 16384)
+    assert "note: the plan does not fit into memory: llama3.1-8b does not fit 2 GPUs of 80 GB" in output
     assert load(files / "PLAN").num_ranks == 2
-    told = plan(files, *OPTIONS, "--gpu-memory", 800, out="LARGE")
-    assert "does not fit" not in told
+    output = plan(files, *OPTIONS, "--gpu-memory", 800, out="LARGE")
+    assert "does not fit" not in output
 
 
 def test_naive_packing_that_is_as_fast_is_said(files):
     np.save(files / "lengths.npy", np.full(64, 1024))
-    told = plan(files, "--ranks", 4, "--tiers", "1024:cp1", "--step-tokens", 16384)
-    assert "note: naive packing is modelled as fast" in told
+    output = plan(files, "--ranks", 4, "--tiers", "1024:cp1", "--step-tokens", 16384)
+    assert "note: naive packing is modelled as fast" in output
     np.save(files / "lengths.npy", np.append(generate("mix", num_samples=3000), 131072))
     assert "modelled as fast" not in plan(files, *WIDE, out="OTHER")
 
@@ -170,21 +170,21 @@ def test_naive_packing_that_is_as_fast_is_said(files):
 def test_steps_larger_than_asked_for_are_said(files, step_tokens, is_said):
     """A step is one micro-batch on each of four ranks at least, 4,096 tokens here; one of 3,600 is 12% over that."""
     np.save(files / "lengths.npy", np.full(640, 64))
-    told = plan(files, "--ranks", 4, "--tiers", "1024:cp1", "--step-tokens", step_tokens)
-    assert (f"a step holds 4,096 tokens (median), {step_tokens:,} were asked for" in told) == is_said
-    assert ("were asked for" in told) == is_said
+    output = plan(files, "--ranks", 4, "--tiers", "1024:cp1", "--step-tokens", step_tokens)
+    assert (f"a step holds 4,096 tokens (median), {step_tokens:,} were asked for" in output) == is_said
+    assert ("were asked for" in output) == is_said
 
 
 def test_a_single_step_larger_than_asked_for_is_said(files):
     np.save(files / "lengths.npy", np.full(60, 64))
-    told = plan(files, "--ranks", 4, "--tiers", "1024:cp1", "--step-tokens", 1000)
-    assert load(files / "PLAN").num_steps == 1 and "a step holds 3,840 tokens (median), 1,000 were" in told
+    output = plan(files, "--ranks", 4, "--tiers", "1024:cp1", "--step-tokens", 1000)
+    assert load(files / "PLAN").num_steps == 1 and "a step holds 3,840 tokens (median), 1,000 were" in output
 
 
 def test_a_last_step_that_is_smaller_is_no_news(files):
     np.save(files / "lengths.npy", np.full(100, 64))
-    told = plan(files, "--ranks", 4, "--tiers", "1024:cp1", "--step-tokens", 4096)
-    assert load(files / "PLAN").num_steps == 2 and "were asked for" not in told
+    output = plan(files, "--ranks", 4, "--tiers", "1024:cp1", "--step-tokens", 4096)
+    assert load(files / "PLAN").num_steps == 2 and "were asked for" not in output
 
 
 def test_the_readmes_plan_fits_the_gpus_it_is_for(tmp_path):
@@ -194,8 +194,8 @@ def test_the_readmes_plan_fits_the_gpus_it_is_for(tmp_path):
     ranks = int(words[words.index("--ranks") + 1])
     np.save(tmp_path / "lengths.npy", np.append(generate("mix", num_samples=20_000), 131072))
     words[words.index("--out") + 1] = str(tmp_path / "train.plan")
-    told = done("plan", "--lengths", tmp_path / "lengths.npy", *words)
-    assert "does not fit" not in told and "were asked for" not in told
+    output = done("plan", "--lengths", tmp_path / "lengths.npy", *words)
+    assert "does not fit" not in output and "were asked for" not in output
     values = json.loads(hbp("simulate", tmp_path / "train.plan", "--nodes", ranks // 8, "--json").stdout)
     assert ranks == 8 and values["memory"]["headroom"] >= 0
 
@@ -205,21 +205,21 @@ def test_out_never_replaces_what_is_no_plan(files, name):
     """One slip of --out, and the data set was gone."""
     before = (files / name).read_bytes()
     for more in ([], ["--overwrite"]):
-        told = refused("plan", "--lengths", files / "lengths.npy", *OPTIONS, "--out", files / name, *more)
-        assert "exists and is not a plan" in str(told) and told.exit_code == 78
+        raised = refused("plan", "--lengths", files / "lengths.npy", *OPTIONS, "--out", files / name, *more)
+        assert "exists and is not a plan" in str(raised) and raised.exit_code == 78
     assert (files / name).read_bytes() == before
 
 
 def test_out_replaces_a_plan_only_where_that_is_said(files):
     plan(files, *OPTIONS)
     before = (files / "PLAN").read_bytes()
-    told = refused("plan", "--lengths", files / "lengths.npy", *OPTIONS, "--seed", 1, "--out", files / "PLAN")
-    assert "is a plan already" in str(told) and "--overwrite" in str(told)
+    raised = refused("plan", "--lengths", files / "lengths.npy", *OPTIONS, "--seed", 1, "--out", files / "PLAN")
+    assert "is a plan already" in str(raised) and "--overwrite" in str(raised)
     assert (files / "PLAN").read_bytes() == before
     plan(files, *OPTIONS, "--seed", 1, "--overwrite")
     assert load(files / "PLAN").seed == 1
-    told = refused("plan", "reschedule", files / "PLAN", "--ranks", 8, "--out", files / "PLAN")
-    assert "is a plan already" in str(told)
+    raised = refused("plan", "reschedule", files / "PLAN", "--ranks", 8, "--out", files / "PLAN")
+    assert "is a plan already" in str(raised)
     done("plan", "reschedule", files / "PLAN", "--ranks", 8, "--out", files / "PLAN", "--overwrite")
     assert load(files / "PLAN").num_ranks == 8
 
@@ -280,15 +280,15 @@ def broken(files, name, values):
     ],
 )
 def test_mistakes_are_named(files, arguments, error, message):
-    told = refused("plan", *OPTIONS, "--out", files / "PLAN", *arguments(files))
-    assert isinstance(told, error)
-    assert message in str(told)
+    raised = refused("plan", *OPTIONS, "--out", files / "PLAN", *arguments(files))
+    assert isinstance(raised, error)
+    assert message in str(raised)
     assert not (files / "PLAN").exists()
 
 
 def test_missing_options_are_named(files):
-    told = refused("plan", "--lengths", files / "lengths.npy", "--ranks", 4)
-    assert "--tiers, --step-tokens, --out" in str(told)
+    raised = refused("plan", "--lengths", files / "lengths.npy", "--ranks", 4)
+    assert "--tiers, --step-tokens, --out" in str(raised)
 
 
 def test_showing_what_is_no_plan(files):

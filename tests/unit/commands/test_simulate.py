@@ -37,8 +37,8 @@ def values_of(*arguments):
 
 
 def test_tables_json_and_pictures(plan_file, tmp_path):
-    told = done("simulate", plan_file, "--nodes", 1, "--picture", tmp_path / "ranks.png")
-    assert "Time without compute" in told and "headroom" in told
+    output = done("simulate", plan_file, "--nodes", 1, "--picture", tmp_path / "ranks.png")
+    assert "Time without compute" in output and "headroom" in output
     pipeline = ["--nodes", 2, "--pp", 2, "--virtual-stages", 2]
     found = values_of(plan_file, *pipeline, "--picture", tmp_path / "pp.svg")
     assert found["gpu_days"] == pytest.approx(found["epoch_seconds"] * 16 / 86400)
@@ -72,11 +72,11 @@ def test_the_command_says_what_the_simulator_says(tmp_path, cut):
     save(plan, tmp_path / "PLAN")
     nodes = cut.get("tp", 1) * cut.get("pp", 1)
     flags = [word for name, value in cut.items() for word in (f"--{name}", value)]
-    wanted = simulate(plan, DEEPSEEK, Topology(num_nodes=nodes, **cut))
+    expected = simulate(plan, DEEPSEEK, Topology(num_nodes=nodes, **cut))
     found = values_of(tmp_path / "PLAN", "--nodes", nodes, *flags)
-    assert found["epoch_seconds"] == pytest.approx(wanted.epoch_seconds)
-    assert found["idle"] == pytest.approx(wanted.idle())
-    assert wanted.memory is not None and found["memory"]["peak"] == wanted.memory.peak
+    assert found["epoch_seconds"] == pytest.approx(expected.epoch_seconds)
+    assert found["idle"] == pytest.approx(expected.idle())
+    assert expected.memory is not None and found["memory"]["peak"] == expected.memory.peak
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_the_command_says_what_the_simulator_says(tmp_path, cut):
     ],
 )
 def test_mistakes_are_named(plan_file, options, error, message):
-    told = refused("simulate", plan_file, *options)
-    assert isinstance(told, error) and message in str(told)
+    raised = refused("simulate", plan_file, *options)
+    assert isinstance(raised, error) and message in str(raised)
 
 
 def test_no_plan(tmp_path):

@@ -33,8 +33,8 @@ def test_flags_are_parsed_to_the_same_model(parsed, name):
 
 def test_two_kv_heads_at_tp_8_are_two_of_the_model_and_one_of_a_rank(parsed):
     (found,) = parsed["two KV heads"]
-    wanted = dense_model("x", num_layers=4, hidden=512, num_heads=8, num_kv_heads=2, width=1024, vocabulary=0)
-    assert found.layers == wanted.layers
+    expected = dense_model("x", num_layers=4, hidden=512, num_heads=8, num_kv_heads=2, width=1024, vocabulary=0)
+    assert found.layers == expected.layers
     assert found.attention.weights(512) == 512 * (512 + 2 * 2 * 64 + 512)
     rank = found.attention.on_tensor_parallel_rank(8)
     assert (rank.num_query_heads, rank.num_kv_heads) == (1, 1)

@@ -8,7 +8,7 @@ from megatron_hbp.model.context import MicroBatchContext
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.training.feed import Feed, MicroBatch
-from tests.equivalence.plans import MemoryStore, plan_of
+from tests.equivalence.support.plans import MemoryStore, plan_of
 
 
 def micro_batch_of(

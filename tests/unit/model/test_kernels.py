@@ -70,11 +70,11 @@ def test_more_keys_than_queries_are_aligned_at_their_ends():
 @pytest.fixture
 def installed(monkeypatch):
     """Pretend that these packages are installed, and no other kernel's."""
-    kernels.choose.cache_clear()
+    kernels.select.cache_clear()
     names: set[str] = set()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name if name in names else None)
     yield names
-    kernels.choose.cache_clear()
+    kernels.select.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def installed(monkeypatch):
 )
 def test_choice(installed, packages, device, dtype, kernel):
     installed.update(packages)
-    assert kernels.choose("auto", torch.device(device), dtype) is kernel
+    assert kernels.select("auto", torch.device(device), dtype) is kernel
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_choice(installed, packages, device, dtype, kernel):
 )
 def test_a_kernel_that_cannot_run_is_refused(installed, name, device, reason):
     with pytest.raises(ConfigError, match=reason) as refused:
-        kernels.choose(name, torch.device(device), torch.bfloat16)
+        kernels.select(name, torch.device(device), torch.bfloat16)
     assert "--hbp-kernel reference" in str(refused.value)
 
 
 def test_a_named_kernel_is_that_kernel():
-    assert kernels.choose("reference", torch.device("cuda"), torch.bfloat16) is kernels.reference
+    assert kernels.select("reference", torch.device("cuda"), torch.bfloat16) is kernels.reference

@@ -27,7 +27,7 @@ from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch, install_context
 from megatron_hbp.planning.core.tiers import Recompute  # noqa: E402
 from megatron_hbp.training.feed import MicroBatch  # noqa: E402
 from megatron_hbp.training.forward import make_forward_step  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.unit.model.packs import micro_batch_of  # noqa: E402
 
 LENGTHS = [17, 5, 40, 1]
@@ -110,10 +110,10 @@ def switch_sets_and_clears(models) -> None:
             for module, flag, name in switch._owners:
                 assert flag in FLAGS[name] and getattr(module, flag) is (name in policy.modules), (policy, name)
             full = policy.granularity == "full"
-            wanted = (policy.granularity, "block" if full else None, policy.num_layers if full else None)
+            expected = (policy.granularity, "block" if full else None, policy.num_layers if full else None)
             for config in configs:
                 found = (config.recompute_granularity, config.recompute_method, config.recompute_num_layers)
-                assert found == wanted, (policy, found)
+                assert found == expected, (policy, found)
 
 
 def switch_knows_configs_that_were_copied(models) -> None:
@@ -130,7 +130,7 @@ def policies_are_checked_when_the_model_is_built(models) -> None:
     fused = build("dense")[0]  # as Transformer Engine builds it: the norms belong to the linear layers after them
     for layer in fused.module.decoder.layers:
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp()
-    for chunk, who, policy, told in (
+    for chunk, who, policy, parts in (
         (models["dense"], "tier A", selective("core_attn", "moe"), ("'moe'", "core_attn, layernorm, mlp")),
         (fused, "tier B", selective("layernorm"), ("'layernorm'", "it has core_attn, mlp")),
         (models["dense"], "tier C", Recompute(granularity="full", num_layers=4), ("4 layers", "the model's 3")),
@@ -138,7 +138,7 @@ def policies_are_checked_when_the_model_is_built(models) -> None:
         try:
             RecomputeSwitch().take([chunk], {"tier 0": Recompute(), who: policy})
         except ConfigError as error:
-            assert error.is_everywhere and all(part in str(error) for part in (who, *told)), error
+            assert error.is_everywhere and all(part in str(error) for part in (who, *parts)), error
         else:
             raise AssertionError(f"{who} was taken")
 
@@ -157,10 +157,10 @@ def a_policy_that_is_set_costs_nothing(models) -> None:
 def stages_share_the_layers(models) -> None:
     """Megatron-LM counts a chunk's layers, a tier those of the model: 3 are 1 in each of four chunks."""
     config = models["dense"].config
-    for stages, chunks, wanted in ((2, None, 2), (2, 2, 1), (1, None, 3)):
+    for stages, chunks, expected in ((2, None, 2), (2, 2, 1), (1, None, 3)):
         config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size = stages, chunks
         RecomputeSwitch([models["dense"]]).set(FULL)
-        assert config.recompute_num_layers == wanted, (stages, chunks, config.recompute_num_layers)
+        assert config.recompute_num_layers == expected, (stages, chunks, config.recompute_num_layers)
 
 
 def capture_is_installed_once(models) -> None:

@@ -19,9 +19,9 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_hbp.errors import ConfigError  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore  # noqa: E402
-from tests.equivalence.stepping import Stepper  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore  # noqa: E402
+from tests.equivalence.support.stepping import Stepper  # noqa: E402
 
 TIMEOUT = timedelta(seconds=97)
 

@@ -59,7 +59,7 @@ def test_wanted(monkeypatch, available, asked, expected):
     monkeypatch.delenv("HBP_PLATFORM", raising=False)
     if asked is not None:
         monkeypatch.setenv("HBP_PLATFORM", asked)
-    assert cpu.wanted() is expected
+    assert cpu.is_needed() is expected
 
 
 def test_list_of_patches(capsys):

@@ -19,7 +19,7 @@ from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.runtime import checks, options, program
 from megatron_hbp.runtime.options import HbpOptions, PlannedData
 from megatron_hbp.training import main
-from tests.equivalence.plans import plan_of
+from tests.equivalence.support.plans import plan_of
 
 LENGTHS = (5, 9, 30, 14)
 TIERS = (Tier(packing_length=16), Tier(packing_length=64, cp_degree=2))
@@ -76,26 +76,26 @@ def test_without_a_plan_there_is_nothing():
 
 
 def test_plans_stores_and_metrics_among_other_flags(files):
-    told = read(
+    options = read(
         "--num-layers", 2, "--hbp-plan", files.plan(), "--hbp-store", files.store(), "--lr", "1e-3",
         "--hbp-valid-plan", files.plan("valid", seed=4), "--hbp-valid-store", files.store(), "--hbp-metrics", "m.jsonl",
     )  # fmt: skip
-    assert told.train is not None and told.valid is not None
-    assert told.train.plan.hash == plan().hash and told.valid.plan.hash == plan(seed=4).hash
-    assert told.train.store.num_samples == 4 and told.metrics == Path("m.jsonl") and told.run_dir is None
-    assert told.data == [told.train, told.valid] and len(told.tiers) == 4
+    assert options.train is not None and options.valid is not None
+    assert options.train.plan.hash == plan().hash and options.valid.plan.hash == plan(seed=4).hash
+    assert options.train.store.num_samples == 4 and options.metrics == Path("m.jsonl") and options.run_dir is None
+    assert options.data == [options.train, options.valid] and len(options.tiers) == 4
 
 
 def test_the_other_options_and_a_run_directory(files):
     plan = ("--hbp-plan", files.plan(), "--hbp-store", files.store())
-    told = read(
+    options = read(
         *plan, "--hbp-exchange", "p2p", "--hbp-kernel", "varlen", "--hbp-node-bandwidth", 200, "--hbp-read-ahead", 0,
         "--hbp-cluster-bandwidth", 20, "--save", "run/7",
     )  # fmt: skip
-    assert (told.exchange, told.kernel, told.read_ahead) == ("p2p", "varlen", 0)
-    assert (told.machine.node_bandwidth, told.machine.cluster_bandwidth) == (200e9, 20e9)
-    assert told.run_dir == Path("run/7") and told.metrics == Path("run/7/metrics.jsonl")
-    assert told.flags["hbp_exchange"] == "p2p" and told.flags.keys() == read(*plan).flags.keys()
+    assert (options.exchange, options.kernel, options.read_ahead) == ("p2p", "varlen", 0)
+    assert (options.machine.node_bandwidth, options.machine.cluster_bandwidth) == (200e9, 20e9)
+    assert options.run_dir == Path("run/7") and options.metrics == Path("run/7/metrics.jsonl")
+    assert options.flags["hbp_exchange"] == "p2p" and options.flags.keys() == read(*plan).flags.keys()
     assert read(*plan, "--save", "run", "--hbp-metrics", "m").metrics == Path("m")
     assert read(*plan).metrics is None
 
@@ -261,7 +261,7 @@ def test_a_plan_for_other_ranks(files):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, options",
     [
         ({"vocab_size": 319}, "--vocab-size 319 is less than the 320 words"),
         ({"eval_iters": 5}, "--eval-iters 5 needs held-out samples: give --hbp-valid-plan"),
@@ -272,9 +272,9 @@ def test_a_plan_for_other_ranks(files):
         ),
     ],
 )  # fmt: skip
-def test_values_that_do_not_go_together(files, changes, told):
+def test_values_that_do_not_go_together(files, changes, options):
     equal = (Tier(packing_length=32), Tier(packing_length=64, cp_degree=2))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=options):
         checks.check_plans(megatron(**changes), loaded(files, tiers=equal))
 
 

@@ -22,8 +22,8 @@ from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.planning.cost.presets import DEEPSEEK_V2
 from megatron_hbp.runtime import record, setup
 from megatron_hbp.runtime.options import HbpOptions, PlannedData
-from megatron_hbp.runtime.setup import Runtime, settle_tiers
-from tests.equivalence.plans import plan_of
+from megatron_hbp.runtime.setup import Runtime, resolve_tiers
+from tests.equivalence.support.plans import plan_of
 from tests.launching import ROOT
 
 LLAMA_70B_TP8 = AttentionShape(num_query_heads=8, num_kv_heads=1, qk_width=128, v_width=128)
@@ -39,41 +39,41 @@ def plan_with(**choices: Any):
     return plan_of(packs, tiers=tiers, lengths=LENGTHS, num_ranks=4)
 
 
-def settled(shape=LLAMA_70B_TP8, exchange=None):
-    return settle_tiers(plan_with(), shape, H100, exchange=exchange, kernel=None)
+def resolved(shape=LLAMA_70B_TP8, exchange=None):
+    return resolve_tiers(plan_with(), shape, H100, exchange=exchange, kernel=None)
 
 
 def test_auto_takes_the_cheapest_and_says_why():
-    tiers, lines = settled()
+    tiers, lines = resolved()
     assert [tier.exchange for tier in tiers] == ["a2a", "all_gather", "all_gather"]  # one KV head: keys are little
     assert [tier.is_zigzag for tier in tiers] == [False, True, True]
     assert len(lines) == 2 and all("exchange all_gather (exposed per layer: all_gather" in line for line in lines)
-    assert [tier.exchange for tier in settled(DEEPSEEK_V2.attention)[0]] == ["a2a", "qkv_latent", "qkv_latent"]
+    assert [tier.exchange for tier in resolved(DEEPSEEK_V2.attention)[0]] == ["a2a", "qkv_latent", "qkv_latent"]
 
 
 def test_a_tier_keeps_its_own_exchange_and_a_flag_overrides_it():
-    tiers, lines = settled()
-    own, said = settle_tiers(plan_with(exchange="p2p"), LLAMA_70B_TP8, H100, exchange=None, kernel=None)
+    tiers, lines = resolved()
+    own, said = resolve_tiers(plan_with(exchange="p2p"), LLAMA_70B_TP8, H100, exchange=None, kernel=None)
     assert own[1].exchange == "p2p" and "p2p (as asked for)" in said[0] and own[2] == tiers[2] and lines[1] == said[1]
-    over, _ = settle_tiers(plan_with(exchange="p2p"), LLAMA_70B_TP8, H100, exchange="a2a", kernel="reference")
+    over, _ = resolve_tiers(plan_with(exchange="p2p"), LLAMA_70B_TP8, H100, exchange="a2a", kernel="reference")
     assert [tier.exchange for tier in over] == ["a2a"] * 3 and {tier.kernel for tier in over} == {"reference"}
 
 
 def test_an_exchange_that_cannot_be_is_refused_with_those_that_can():
     with pytest.raises(ConfigError) as refused:
-        settled(exchange="kv_latent")
+        resolved(exchange="kv_latent")
     assert "no latent attention" in str(refused.value) and "a2a, all_gather, p2p" in str(refused.value)
 
 
 def test_without_a_device_the_first_that_can_be_used_is_taken():
-    tiers, lines = settle_tiers(plan_with(), DEEPSEEK_V2.attention, None, exchange=None, kernel=None)
+    tiers, lines = resolve_tiers(plan_with(), DEEPSEEK_V2.attention, None, exchange=None, kernel=None)
     assert [tier.exchange for tier in tiers] == ["a2a"] * 3 and all("no CUDA device" in line for line in lines)
 
 
 def test_zigzag_that_does_not_divide_is_not_chosen():
     tiers = [Tier(packing_length=64), Tier(packing_length=126, cp_degree=2)]
     plan = plan_of([(0, 0, 0, 1, [0])], tiers=tiers, lengths=np.array([100]), num_ranks=2)
-    found, _ = settle_tiers(plan, LLAMA_70B_TP8, H100, exchange=None, kernel=None)
+    found, _ = resolve_tiers(plan, LLAMA_70B_TP8, H100, exchange=None, kernel=None)
     assert found[1].exchange == "a2a" and not found[1].is_zigzag
 
 
@@ -147,16 +147,16 @@ def test_the_model_is_built_for_all_policies_and_checked_against_them(set_up, mo
 def test_the_true_reason_why_latents_cannot_be_exchanged_reaches_the_user(set_up, changes, why):
     """An MLA model under FP8 was said to have no latent attention."""
     with pytest.raises(ConfigError, match=f"exchange qkv_latent cannot be used: .*{why}") as refused:
-        set_up(exchange="qkv_latent", **MLA | changes).settle(plan_with())
+        set_up(exchange="qkv_latent", **MLA | changes).resolve(plan_with())
     assert "one of a2a, all_gather, p2p" in str(refused.value) and "no latent attention" not in str(refused.value)
-    assert [tier.exchange for tier in set_up(**MLA | changes).settle(plan_with())[0]] == ["a2a"] * 3
+    assert [tier.exchange for tier in set_up(**MLA | changes).resolve(plan_with())[0]] == ["a2a"] * 3
 
 
 def test_an_attention_kernel_that_cannot_run_is_refused(set_up):
     runtime = set_up()
     runtime = dataclasses.replace(runtime, options=dataclasses.replace(runtime.options, kernel="varlen"))
     with pytest.raises(ConfigError, match="attention kernel varlen cannot be used"):
-        runtime.settle(plan_with())
+        runtime.resolve(plan_with())
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from megatron_hbp.errors import PlanError
 from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training.agreement import check_meetings, order_of, planned_orders
 from megatron_hbp.training.feed import Feed
-from tests.equivalence.plans import plan_of
+from tests.equivalence.support.plans import plan_of
 
 TIERS = [Tier(packing_length=16), Tier(packing_length=32, cp_degree=2), Tier(packing_length=64, cp_degree=4)]
 LENGTHS = np.full(8, 10)

@@ -72,7 +72,7 @@ def test_slices_match_the_definition(lengths, cp_degree, unit, extra, seed, zigz
     cp_degree=st.sampled_from([1, 2, 3, 4]),
     seed=st.integers(0, 2**16),
 )
-def test_supervised_rows_are_dealt_evenly_and_meet_their_labels(lengths, cp_degree, seed):
+def test_supervised_rows_are_distributed_evenly_and_meet_their_labels(lengths, cp_degree, seed):
     rng = np.random.default_rng(seed)
     samples = [(rng.integers(1, 99, n), rng.integers(0, 2, n)) for n in lengths]
     length = padded_length(sum(lengths), cp_degree=cp_degree, unit=1)

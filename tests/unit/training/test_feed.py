@@ -13,7 +13,7 @@ from megatron_hbp.planning.core.slices import PADDING_SEGMENT
 from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.runtime.checks import feed_unit
 from megatron_hbp.training.feed import DUMMY, Feed, MicroBatch, joint_policy
-from tests.equivalence.plans import MemoryStore, plan_of
+from tests.equivalence.support.plans import MemoryStore, plan_of
 
 FULL = Recompute(granularity="full", num_layers=2)
 SELECTIVE = Recompute(granularity="selective", modules=("core_attn",))
@@ -88,7 +88,7 @@ def test_a_pack_is_padded_at_its_end_only(feed):
     assert {s.context.num_real_tokens for s in slices} == {20}
 
 
-def test_losses_are_dealt_evenly_over_the_ranks_of_a_pack(feed):
+def test_losses_are_distributed_evenly_over_the_ranks_of_a_pack(feed):
     """Of 13 supervised positions the slices hold 4, 4, 4 and 1; the ranks compute the losses of 3, 3, 3 and 4."""
     slices = [list(feed(rank, unit=3))[1].loss_rows for rank in range(4)]
     held = torch.cat([s.local + 6 * rank for rank, s in enumerate(slices)]).tolist()

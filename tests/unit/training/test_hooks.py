@@ -35,7 +35,7 @@ from megatron_hbp.runtime.setup import Runtime
 from megatron_hbp.training import hooks
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
-from tests.equivalence.plans import plan_of
+from tests.equivalence.support.plans import plan_of
 
 CORE = Path(megatron.core.__path__[0])
 
@@ -235,9 +235,9 @@ def test_stages_of_varying_shapes_are_told_them(monkeypatch, plan):
     monkeypatch.setattr(setup.ProcessGroupCollection, "use_mpu_process_groups", lambda: groups)
     monkeypatch.setattr(setup, "PlannedP2PCommunicator", communicator)
     monkeypatch.setattr(StubModel, "config", SimpleNamespace(pipeline_model_parallel_size=2, variable_seq_lengths=True))
-    told = setup.pipeline_arguments([StubModel()], feed_for(plan), 1)
+    arguments = setup.pipeline_arguments([StubModel()], feed_for(plan), 1)
 
-    assert told == {"p2p_communicator": "communicator", "pg_collection": groups}
+    assert arguments == {"p2p_communicator": "communicator", "pg_collection": groups}
     assert made == [("the pipeline", StubModel.config, [4, 5, 6])]
 
 
@@ -285,8 +285,8 @@ def test_a_checkpoint_of_another_plan_is_refused_before_its_tensors_are_read(pla
 def test_what_all_ranks_share_is_read_before_the_tensors():
     body = function(checkpointing, "load_checkpoint")
     first, second = sorted(calls(body, "_load_base_checkpoint"), key=lambda call: call.lineno)
-    told = [{word.arg: ast.unparse(word.value) for word in call.keywords}.get("rank0") for call in (first, second)]
-    assert told == ["True", "False"]
+    keywords = [{word.arg: ast.unparse(word.value) for word in call.keywords}.get("rank0") for call in (first, second)]
+    assert keywords == ["True", "False"]
 
 
 def test_samples_and_tokens_are_those_of_the_plan(plan, args):
@@ -337,10 +337,10 @@ def test_a_step_that_is_not_finite_twice_ends_all_ranks_with_70(args):
 def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan, args):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
-    metrics, told = RunMetrics(plan, tmp_path / "m.jsonl"), []
+    metrics, calls = RunMetrics(plan, tmp_path / "m.jsonl"), []
 
     def megatrons_log(*args, **kwargs):
-        told.append((args, kwargs))
+        calls.append((args, kwargs))
         return "flag"
 
     log = partial(hooks._log, plan, metrics, megatrons_log)
@@ -354,7 +354,7 @@ def test_log_lines_carry_what_megatron_logs(monkeypatch, tmp_path, plan, args):
     assert (step["learning_rate"], step["grad_norm"]) == (0.5, 0.75)
     assert step["tokens"] == 4 + 5 + 6 and step["cp_degrees"] == [1]
     assert validation == {"kind": "validation", "loss": 2.5}
-    assert told == [(({"lm loss": 1.25}, {}, 0.5, 2, 1.0, True, 0, 0.75, None), {"is_first_iteration": False})]
+    assert calls == [(({"lm loss": 1.25}, {}, 0.5, 2, 1.0, True, 0, 0.75, None), {"is_first_iteration": False})]
 
 
 # ---------------------------------------------------------------- megatron.core, as forward.py and recompute.py use it
@@ -367,8 +367,8 @@ def test_gpt_model_takes_and_calls_an_output_processor():
     (call,) = calls(source, "output_processor")
     given = {keyword.arg for keyword in call.keywords}
     ours = inspect.signature(loss.supervised_token_losses).parameters
-    wanted = {name for name, parameter in ours.items() if parameter.kind is parameter.KEYWORD_ONLY}
-    assert not call.args and wanted <= given
+    expected = {name for name, parameter in ours.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    assert not call.args and expected <= given
 
 
 def test_recompute_reaches_checkpoint_through_the_packages_attribute():

@@ -12,7 +12,7 @@ from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training import metrics
 from megatron_hbp.training.feed import DUMMY
 from megatron_hbp.training.metrics import RunMetrics
-from tests.equivalence.plans import plan_of
+from tests.equivalence.support.plans import plan_of
 
 TIERS = (Tier(packing_length=8), Tier(packing_length=16, cp_degree=2))
 

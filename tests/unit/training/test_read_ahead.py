@@ -17,7 +17,7 @@ from megatron_hbp.training import feed as feeds
 from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.read_ahead import ReadAhead
 from megatron_hbp.training.transfer import moved
-from tests.equivalence.plans import MemoryStore, plan_of
+from tests.equivalence.support.plans import MemoryStore, plan_of
 
 LENGTHS = [30, 9, 25, 3, 17, 28, 40, 5]
 TIERS = (Tier(packing_length=32), Tier(packing_length=64, cp_degree=2, layout="zigzag"))

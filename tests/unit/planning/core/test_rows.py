@@ -50,6 +50,6 @@ def test_local_ranks_of_a_plan_are_those_of_the_run_time(layout):
             continue
         shared += 1
         pack = plan.pack(index)
-        wanted = as_the_run_time_splits(pack, plan.tiers[pack.tier]).tolist()
-        differences += row["cp_local_rank"] != [None if rank < 0 else rank for rank in wanted]
+        expected = as_the_run_time_splits(pack, plan.tiers[pack.tier]).tolist()
+        differences += row["cp_local_rank"] != [None if rank < 0 else rank for rank in expected]
     assert shared > 20 and differences == 0

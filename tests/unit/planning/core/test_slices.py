@@ -56,12 +56,12 @@ def plain_owner(num_tokens, tier):
 def test_tokens_lie_where_the_plain_form_puts_them(zigzag, alignment):
     tier = tier_of(3, zigzag=zigzag, alignment=alignment)
     for num_tokens in (1, 7, 100, 113):
-        wanted = plain_owner(num_tokens, tier)
+        expected = plain_owner(num_tokens, tier)
         t = length_of(num_tokens, tier)
-        assert t == len(wanted)
+        assert t == len(expected)
         held = local_positions(t, cp_degree=3, zigzag=zigzag)
-        assert owner_of_tokens(held).tolist() == wanted.tolist()
-        assert [held[rank].tolist() for rank in range(3)] == [np.flatnonzero(wanted == r).tolist() for r in range(3)]
+        assert owner_of_tokens(held).tolist() == expected.tolist()
+        assert [held[rank].tolist() for rank in range(3)] == [np.flatnonzero(expected == r).tolist() for r in range(3)]
 
 
 def test_slices_are_padded_to_the_unit_of_a_run_and_the_tiers_alignment():

@@ -37,8 +37,8 @@ def test_with_noise_the_rows_held_out_are_predicted_within_it():
     assert fit.cost.machine.linear_rate == pytest.approx(PLANTED.machine.linear_rate, rel=0.2)
     for tier in parse_tiers("8192:cp1,32768:cp4:full3"):  # neither length nor policy was in the table
         tokens = tier.packing_length
-        wanted = PLANTED.tier_cost(tier).seconds(tokens, tokens**2)
-        assert fit.cost.tier_cost(tier).seconds(tokens, tokens**2) == pytest.approx(wanted, rel=0.06)
+        expected = PLANTED.tier_cost(tier).seconds(tokens, tokens**2)
+        assert fit.cost.tier_cost(tier).seconds(tokens, tokens**2) == pytest.approx(expected, rel=0.06)
 
 
 def test_every_row_enters_the_fit_and_none_its_own_held_out_error():

@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_hbp.planning.core.arrays import longest_first
-from megatron_hbp.planning.packing.best_fit import best_fit_decreasing, pack_tightly
+from megatron_hbp.planning.packing.best_fit import best_fit_decreasing, closest_fit
 
 RNG = np.random.default_rng(0)
 
@@ -11,7 +11,7 @@ RNG = np.random.default_rng(0)
 def test_long_samples_are_packed_as_tightly_as_by_best_fit():
     long = np.exp(RNG.uniform(np.log(16385), np.log(131072), 1500)).astype(np.int64)
     long = long[longest_first(long)]
-    tight = pack_tightly(long, len(long), 131072, 0)
+    tight = closest_fit(long, len(long), 131072, 0)
     loads = np.bincount(tight, long)
     assert (tight >= 0).all() and loads.max() <= 131072
     assert len(loads) <= best_fit_decreasing(long, 131072).max() + 1

@@ -21,9 +21,9 @@ def test_a_boundary_belongs_to_the_lower_tier():
     assert plan_of([1025], TIERS, **options).pack_cp.tolist() == [4]
 
 
-def test_data_dealt_in_parts_is_whole(monkeypatch):
+def test_data_distributed_in_parts_is_whole(monkeypatch):
     monkeypatch.setattr("megatron_hbp.planning.packing.hierarchical._PART_SAMPLES", 1000)
-    monkeypatch.setattr("megatron_hbp.planning.packing.hierarchical._TIGHT_SAMPLES", 20)
+    monkeypatch.setattr("megatron_hbp.planning.packing.hierarchical._CLOSEST_FIT_SAMPLES", 20)
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(20, 400, 7500), rng.integers(1025, 8192, 70)])
     plan = plan_of(lengths, TIERS, num_ranks=4, step_tokens=16384)

@@ -1,4 +1,4 @@
-"""Steps alike in loss tokens, by trades that change nothing else."""
+"""Steps alike in loss tokens, by swaps that change nothing else."""
 
 from typing import Any
 

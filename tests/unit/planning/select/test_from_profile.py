@@ -27,8 +27,8 @@ def test_seconds_are_those_of_packs_of_these_samples():
     _, space = profiled(profile_of(), PLANTED, LENGTHS, 4)
     assert len(space.rows) == len({(s.tokens, s.cp_degree, s.recompute) for s in GRID}) and space.degrees == (1, 2, 4)
     for row in space.rows:
-        wanted = PLANTED.tier_cost(row.tier).seconds(row.length, row.length * mean_length(LENGTHS, row.length))
-        assert row.seconds == pytest.approx(wanted)  # rows of the planted model are carried over exactly
+        expected = PLANTED.tier_cost(row.tier).seconds(row.length, row.length * mean_length(LENGTHS, row.length))
+        assert row.seconds == pytest.approx(expected)  # rows of the planted model are carried over exactly
 
 
 def test_without_a_limit_nothing_is_recomputed_and_no_more_fits_than_was_run():

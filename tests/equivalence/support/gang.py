@@ -32,9 +32,9 @@ from megatron_hbp.planning.core.plan import Plan  # noqa: E402
 from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training import batch, feed  # noqa: E402
 from megatron_hbp.training.agreement import check_orders, check_same_plans  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
-from tests.equivalence.stepping import Packs, Stepper, alone, groups_of, laid_out, named_gradients, worst  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
+from tests.equivalence.support.stepping import Packs, Stepper, alone, groups_of, laid_out, named_gradients, worst  # noqa: E402
 
 LENGTHS = [17, 5, 40, 60, 1, 33, 70, 9, 31, 2, 25, 50, 14, 23, 12, 3, 8, 11]
 TIERS = (Tier(packing_length=64), Tier(packing_length=128, cp_degree=2), Tier(packing_length=256, cp_degree=4))
@@ -204,7 +204,7 @@ AGREEMENT = {"as planned": None, "another plan": 2, "another order": 1, "a pack 
 
 
 def _answer(name: str, store: MemoryStore, groups: Any) -> str:
-    """What this rank is told: "" where all is well."""
+    """The message for this rank; "" where all is well."""
     plan = _plan(store)
     here = dist.get_rank() == AGREEMENT[name]
     if here and name == "another plan":

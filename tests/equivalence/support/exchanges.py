@@ -28,17 +28,17 @@ from megatron.core import parallel_state  # noqa: E402
 
 from megatron_hbp.model import blocks, kernels, split  # noqa: E402
 from megatron_hbp.model.exchange import implementation, p2p  # noqa: E402
-from megatron_hbp.model.exchange.collectives import counted  # noqa: E402
+from megatron_hbp.model.exchange.collectives import count_traffic  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.planning.core.exchanges import EXCHANGES  # noqa: E402
 from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
 from megatron_hbp.planning.core.slices import padded_length  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training.batch import slice_of_pack  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore  # noqa: E402
-from tests.equivalence.stepping import Stepper  # noqa: E402
-from tests.equivalence.worker import LENGTHS, PACKS, error, yardstick  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore  # noqa: E402
+from tests.equivalence.support.stepping import Stepper  # noqa: E402
+from tests.equivalence.support.worker import LENGTHS, PACKS, error, yardstick  # noqa: E402
 
 CPU = torch.device("cpu")
 NAMES = ("a2a", "all_gather", "p2p")
@@ -131,9 +131,9 @@ def attend(
 
     rows = torch.tensor([i for a, b in shared.ranges_of[here] for i in range(a, b)], dtype=torch.long)
     q, k, v = mine = [tensor.detach()[rows].to(dtype).requires_grad_() for tensor in whole]
-    with counted(node_size=8) as forward:
+    with count_traffic(node_size=8) as forward:
         out = implementation(exchange).start(q, k, v, shared, group)(kernels.reference, scale)
-    with counted(node_size=8) as backward:
+    with count_traffic(node_size=8) as backward:
         grads = torch.autograd.grad(out, mine, towards[rows].to(dtype))
     deviation = 0.0
     for ours, theirs in zip((out, *grads), yard, strict=True):
@@ -224,7 +224,7 @@ def model() -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
             Tier(packing_length=64 * c, cp_degree=c, recompute=recompute, **fields)
             for c, fields in zip((1, 2, 4), ({}, *says), strict=True)
         ]
-        with counted(node_size=8) as traffic:
+        with count_traffic(node_size=8) as traffic:
             gradients = stepper.gradients(PACKS, tiers, fixed_shapes=fixed_shapes)
         return error({name.removeprefix("0."): g for name, g in gradients.items()}, yard), traffic.inside
 

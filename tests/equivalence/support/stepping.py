@@ -20,7 +20,7 @@ from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.runtime.setup import pipeline_arguments
 from megatron_hbp.training import feed, forward
-from tests.equivalence.plans import MemoryStore, plan_of
+from tests.equivalence.support.plans import MemoryStore, plan_of
 
 Packs = Sequence[tuple[int, int, int, int, Sequence[int]]]
 
@@ -130,5 +130,5 @@ def worst(mine: dict[str, Any], yard: dict[str, Any]) -> float:
 
 
 def alone(num_samples: int, num_ranks: int, tier: int = 0) -> list[tuple[int, int, int, int, list[int]]]:
-    """Packs of one sample each, dealt over the ranks."""
+    """Packs of one sample each, distributed over the ranks."""
     return [(0, i // num_ranks, i % num_ranks, tier, [i]) for i in range(num_samples)]

@@ -33,8 +33,8 @@ from megatron_hbp.model.split import split_pack  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import batch, feed, forward  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
 
 LENGTHS = [17, 5, 1, 40, 23, 2, 31, 9, 60, 33, 3, 12, 90, 70, 11, 8, 25, 150, 14]
 TIERS: dict[str, tuple[Tier, ...]] = {

@@ -33,12 +33,12 @@ from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import forward  # noqa: E402
-from tests.equivalence import balance  # noqa: E402
-from tests.equivalence.dealing import LENGTHS, NUM_STEPS, dealt, degrees_of, one_by_one  # noqa: E402
-from tests.equivalence.factors import Case, cases  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore  # noqa: E402
-from tests.equivalence.stepping import Packs, Stepper, groups_of, laid_out, named_gradients, worst  # noqa: E402
+from tests.equivalence.support import balance  # noqa: E402
+from tests.equivalence.support.factors import Case, cases  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.packs_of_case import LENGTHS, NUM_STEPS, degrees_of, one_by_one, packs_of  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore  # noqa: E402
+from tests.equivalence.support.stepping import Packs, Stepper, groups_of, laid_out, named_gradients, worst  # noqa: E402
 
 LOCAL_TOKENS = 64
 """Of a pack on each rank, at every degree."""
@@ -107,7 +107,7 @@ def run_layout(alike: list[Case], results: dict[str, dict[str, float]]) -> None:
 
 def compare(case: Case, precision: torch.dtype, groups: CpGroups, yard: Trained) -> dict[str, float]:
     """A case against its yardstick, and against itself without recompute."""
-    packs = dealt(case)
+    packs = packs_of(case)
     mine = train(case, precision, groups, packs, tiers_of(case))
     found = {"parameters": worst(mine.parameters, yard.parameters)}
     if case.optimizer == "plain":

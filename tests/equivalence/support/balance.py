@@ -3,11 +3,11 @@
 from typing import Any
 
 from megatron_hbp.planning.core.tiers import Recompute, Tier
-from tests.equivalence.dealing import LENGTHS, dealt, degrees_of
-from tests.equivalence.factors import Case
-from tests.equivalence.models import VOCABULARY, build
-from tests.equivalence.plans import MemoryStore
-from tests.equivalence.stepping import Stepper, laid_out, worst
+from tests.equivalence.support.factors import Case
+from tests.equivalence.support.models import VOCABULARY, build
+from tests.equivalence.support.packs_of_case import LENGTHS, degrees_of, packs_of
+from tests.equivalence.support.plans import MemoryStore
+from tests.equivalence.support.stepping import Stepper, laid_out, worst
 
 LOSSES: dict[str, dict[str, Any]] = {
     "aux_loss": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1},
@@ -25,7 +25,7 @@ def errors() -> dict[str, float]:
     """{case and loss: error of a gradient}; "matters" is what leaving the loss out changes."""
     found: dict[str, float] = {}
     for case in CASES:
-        packs = [pack for pack in dealt(case) if pack[0] == 0]
+        packs = [pack for pack in packs_of(case) if pack[0] == 0]
         at_cp1 = [(0, slot, rank0, tier, samples) for slot, (_, _, rank0, tier, samples) in enumerate(packs)]
         degrees = degrees_of(case)
         tiers = [Tier(packing_length=64 * c, cp_degree=c) for c in degrees]

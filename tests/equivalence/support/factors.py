@@ -77,7 +77,7 @@ class Case:
 
     @property
     def data_parallel(self) -> int:
-        """Ranks among which micro-batches are dealt, and CP groups made."""
+        """Ranks among which micro-batches are distributed, and CP groups made."""
         return self.ranks // (int(self.tp) * self.stages)
 
     @property

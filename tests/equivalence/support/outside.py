@@ -1,7 +1,7 @@
 """Runs on 4 gloo ranks: ten optimizer steps of packs at CP 1, 2, 4 and mixed against Hugging Face, each sample alone.
 
 The judge is `transformers`' own LlamaForCausalLM, DeepseekV3ForCausalLM and DeepseekV2ForCausalLM with eager
-attention. The parity traps are settled by the config: plain rotary (no YaRN: transformers before 5.23 left its factor
+attention. The parity traps are resolved by the config: plain rotary (no YaRN: transformers before 5.23 left its factor
 out of V2's softmax), and epsilon 1e-6 everywhere (V2 and V3 take that one for their latents whatever the config says).
 
     deepseek          V3: sigmoid scores normalised over the chosen experts, one group of experts, no correction bias
@@ -53,8 +53,8 @@ from megatron_hbp.model.router import PackedRouter  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
 from megatron_hbp.training import feed, forward  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
 
 STEPS, SUPERVISED = 10, 128
 WORDS = 12

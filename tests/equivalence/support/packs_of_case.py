@@ -1,6 +1,6 @@
-"""Packs of a case: two steps of eight samples, dealt into slots and gangs as the case's CP degrees and packs say."""
+"""Packs of a case: two steps of eight samples, in slots and gangs as the case's CP degrees and packs say."""
 
-from tests.equivalence.factors import Case
+from tests.equivalence.support.factors import Case
 
 NUM_STEPS = 2
 LENGTHS = [17, 1, 40, 23, 5, 1, 60, 33, 9, 1, 31, 2, 1, 25, 50, 14]
@@ -30,7 +30,7 @@ def degrees_of(case: Case) -> list[int]:
     return sorted({c for gangs in gangs_of(case) for c in gangs})
 
 
-def dealt(case: Case) -> list[tuple[int, int, int, int, list[int]]]:
+def packs_of(case: Case) -> list[tuple[int, int, int, int, list[int]]]:
     """(step, slot, first rank, tier, samples) of each pack."""
     tiers = {degree: tier for tier, degree in enumerate(degrees_of(case))}
     return [

@@ -5,10 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.equivalence.factors import FACTORS, NOT_TOGETHER, ONCE, RANKS, Case, all_pairs, cases
+from tests.equivalence.support.factors import FACTORS, NOT_TOGETHER, ONCE, RANKS, Case, all_pairs, cases
 from tests.launching import ROOT, launch
 
-COVERAGE = Path(__file__).with_name("coverage.md")
+COVERAGE = Path(__file__).parent.with_name("coverage.md")
 Results = dict[str, dict[str, float]]
 
 
@@ -26,7 +26,7 @@ class Launch(NamedTuple):
     def run(self, folder: Path) -> Results:
         """{case: numbers by name}."""
         part = f"{self.first}:{self.step}"
-        return launch("tests.equivalence.matrix", part, ranks=self.ranks, tmp_path=folder, timeout=1800)
+        return launch("tests.equivalence.support.matrix", part, ranks=self.ranks, tmp_path=folder, timeout=1800)
 
 
 LAUNCHES = (Launch(4, 0, 2), Launch(4, 1, 2), Launch(6), Launch(8), Launch(16))

@@ -21,7 +21,7 @@ RECOMPUTED = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, Any]:
-    return launch("tests.equivalence.teeth", ranks=4, tmp_path=tmp_path_factory.mktemp("teeth"))
+    return launch("tests.equivalence.support.faults", ranks=4, tmp_path=tmp_path_factory.mktemp("faults"))
 
 
 @MODELS

@@ -30,9 +30,9 @@ from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import forward, metrics  # noqa: E402
 from tests.blame import caller  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
-from tests.equivalence.stepping import Stepper, groups_of, laid_out  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
+from tests.equivalence.support.stepping import Stepper, groups_of, laid_out  # noqa: E402
 
 OPERATORS = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_consecutive",

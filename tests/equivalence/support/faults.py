@@ -30,10 +30,10 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron_hbp.model import context, recompute, router  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
 from megatron_hbp.training import batch, feed  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore, plan_of  # noqa: E402
-from tests.equivalence.stepping import Stepper, alone, worst  # noqa: E402
-from tests.equivalence.worker import BREAKAGES  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
+from tests.equivalence.support.stepping import Stepper, alone, worst  # noqa: E402
+from tests.equivalence.support.worker import BREAKAGES  # noqa: E402
 
 LENGTHS = [17, 5, 40, 23, 31, 9, 60, 33, 50, 11, 8, 25]
 FULL = Recompute(granularity="full", num_layers=1)

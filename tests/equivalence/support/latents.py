@@ -33,12 +33,12 @@ from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.planning.core.exchanges import EXCHANGES  # noqa: E402
 from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
-from tests.equivalence import matrix, models  # noqa: E402
-from tests.equivalence.dealing import dealt, one_by_one  # noqa: E402
-from tests.equivalence.factors import Case  # noqa: E402
-from tests.equivalence.models import VOCABULARY, build  # noqa: E402
-from tests.equivalence.plans import MemoryStore  # noqa: E402
-from tests.equivalence.stepping import Packs, Stepper, alone, groups_of, laid_out, worst  # noqa: E402
+from tests.equivalence.support import matrix, models  # noqa: E402
+from tests.equivalence.support.factors import Case  # noqa: E402
+from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
+from tests.equivalence.support.packs_of_case import one_by_one, packs_of  # noqa: E402
+from tests.equivalence.support.plans import MemoryStore  # noqa: E402
+from tests.equivalence.support.stepping import Packs, Stepper, alone, groups_of, laid_out, worst  # noqa: E402
 
 LENGTHS = [90, 1, 12, 25, 70, 33, 3, 17, 40, 1, 60, 5, 100, 95, 23, 9]
 # (step, slot, rank0, tier, samples); nothing of [9] is shared, and the last slot leaves ranks idle
@@ -222,7 +222,7 @@ def distributed_optimizer(results: dict[str, Any]) -> None:
         ):
             plain = [Tier(packing_length=matrix.LOCAL_TOKENS)]
             yard = matrix.train(replace(case, optimizer="plain"), torch.float32, groups, one_by_one(case), plain)
-            mine = matrix.train(case, torch.float32, groups, dealt(case), tiers)
+            mine = matrix.train(case, torch.float32, groups, packs_of(case), tiers)
         results["fp32 distributed optimizer"] = worst(mine.parameters, yard.parameters)
 
 
@@ -271,7 +271,7 @@ def received(stepper: Stepper, exchange: str, cp_degree: int) -> list[float]:
     seen: list[int] = []
 
     def attention(self: Any, *args: Any) -> Any:
-        with collectives.counted(node_size=8) as traffic:
+        with collectives.count_traffic(node_size=8) as traffic:
             out = plain(self, *args)
         seen.append(traffic.inside)
         return out
