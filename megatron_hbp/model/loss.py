@@ -8,8 +8,8 @@ micro-batch weighs nothing.
 Logits are large: 16K tokens x 128K words in fp32 are 8.4 GB. So they are computed for supervised positions only, which
 are first spread evenly over the CP ranks (a document's supervised part lies in its last slices), and in chunks, of
 which one at a time stands in memory: all but the last are computed again in the backward. The loss keeps the
-dtype of fp64 and fp32 logits; fp16 and bf16 are computed in fp32 (Megatron-LM's own cross-entropy casts fp64 to fp32, which hides
-6e-8 from an exactness test).
+dtype of fp64 and fp32 logits; fp16 and bf16 are computed in fp32 (Megatron-LM's own cross-entropy casts fp64 to fp32,
+which hides 6e-8 from an exactness test).
 
 Legend: `s` local tokens, `r` supervised ones of them, `q` those whose loss is computed here, `v` words of the
 vocabulary on this tensor-parallel rank, `h` hidden width.
