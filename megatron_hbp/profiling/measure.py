@@ -59,9 +59,7 @@ def measure(session: Session, setting: Setting, *, is_warm: bool) -> Measurement
         _release(session)
     low, median, high = np.percentile(times, (25, 50, 75))
     spread = agree(session, False, float((high - low) / median))  # the largest of a rank
-    seconds = (
-        gangs_by_rank(session, times).reshape(-1, setting.cp_degree).max(axis=1)
-    )  # a gang: its slowest rank
+    seconds = gangs_by_rank(session, times).reshape(-1, setting.cp_degree).max(axis=1)  # a gang: its slowest rank
     why = over_limit(peak, session.memory_limit)
     return replace(
         refused(setting, why), seconds=float(np.median(seconds)), repeats=len(times), spread=spread, peak_bytes=peak,

@@ -130,7 +130,7 @@ def policies_are_checked_when_the_model_is_built(models) -> None:
     fused = build("dense")[0]  # as Transformer Engine builds it: the norms belong to the linear layers after them
     for layer in fused.module.decoder.layers:
         layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp()
-    for chunk, who, policy, told in (
+    for chunk, who, policy, parts in (
         (models["dense"], "tier A", selective("core_attn", "moe"), ("'moe'", "core_attn, layernorm, mlp")),
         (fused, "tier B", selective("layernorm"), ("'layernorm'", "it has core_attn, mlp")),
         (models["dense"], "tier C", Recompute(granularity="full", num_layers=4), ("4 layers", "the model's 3")),
@@ -138,7 +138,7 @@ def policies_are_checked_when_the_model_is_built(models) -> None:
         try:
             RecomputeSwitch().take([chunk], {"tier 0": Recompute(), who: policy})
         except ConfigError as error:
-            assert error.is_everywhere and all(part in str(error) for part in (who, *told)), error
+            assert error.is_everywhere and all(part in str(error) for part in (who, *parts)), error
         else:
             raise AssertionError(f"{who} was taken")
 
