@@ -53,7 +53,7 @@ class UpProjection:
         if any(hasattr(linear, "layer_norm_weight") for linear in (self.of_queries, self.of_keys_values)):
             return (
                 "its up-projections carry the latents' norm (Transformer Engine's fused form) and cannot be sliced: "
-                "name the exchange to with_packed_model, or give --transformer-impl local"
+                "build the model from a config of with_packed_model, or give --transformer-impl local"
             )
         if self.config.fp8 or self.config.fp4:
             return "its up-projections are quantised (--fp8-format, --fp4-format): drop that flag"

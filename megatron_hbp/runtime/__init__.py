@@ -1,1 +1,4 @@
-"""What a run is set up from: Megatron-LM's arguments, and what packs of samples require of them."""
+"""A run on packs, set up once for every program: options, Megatron-LM's arguments, `Runtime`, record, exit codes.
+
+It builds on the feed of `training/`; the programs of `training/` and `profiling/` build on it.
+"""

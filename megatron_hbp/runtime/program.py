@@ -58,8 +58,8 @@ def parse(
 
 def refused_by_megatron(error: BaseException, what: str) -> ConfigError:
     """The ConfigError for one of `MegatronRefusal`, which shows the line of an assertion that says nothing."""
-    said = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
-    return ConfigError(f"Megatron-LM refuses {what}: {said}")
+    message = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line
+    return ConfigError(f"Megatron-LM refuses {what}: {message}")
 
 
 PATIENCE = 20.0

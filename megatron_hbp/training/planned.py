@@ -39,8 +39,8 @@ def train_on_plan(args: Any, options: HbpOptions) -> None:
     runtime = set_up(args, options, policies=policies, shapes_vary=shapes_vary(args, options))
     resolved = [runtime.resolve(part.plan) for part in options.data]
     plan, tiers = options.train.plan, [each for each, _ in resolved]
-    said = {"plan": plan.hash, "tiers": [str(t) for t in plan.tiers], "ranks": plan.num_ranks, "steps": plan.num_steps}
-    say(json.dumps(said), *runtime.notes, *resolved[0][1])
+    facts = {"plan": plan.hash, "tiers": [str(t) for t in plan.tiers], "ranks": plan.num_ranks, "steps": plan.num_steps}
+    say(json.dumps(facts), *runtime.notes, *resolved[0][1])
     args.hbp_plan_hash = plan.hash  # Megatron-LM saves its arguments in checkpoints
     write_record(runtime, tiers)
     metrics = RunMetrics(plan, options.metrics)

@@ -261,7 +261,7 @@ def test_a_plan_for_other_ranks(files):
 
 
 @pytest.mark.parametrize(
-    "changes, options",
+    "changes, message",
     [
         ({"vocab_size": 319}, "--vocab-size 319 is less than the 320 words"),
         ({"eval_iters": 5}, "--eval-iters 5 needs held-out samples: give --hbp-valid-plan"),
@@ -272,9 +272,9 @@ def test_a_plan_for_other_ranks(files):
         ),
     ],
 )  # fmt: skip
-def test_values_that_do_not_go_together(files, changes, options):
+def test_values_that_do_not_go_together(files, changes, message):
     equal = (Tier(packing_length=32), Tier(packing_length=64, cp_degree=2))
-    with pytest.raises(ConfigError, match=options):
+    with pytest.raises(ConfigError, match=message):
         checks.check_plans(megatron(**changes), loaded(files, tiers=equal))
 
 

@@ -38,7 +38,7 @@ def test_an_assertion_that_says_nothing_shows_itself():
 
 
 @pytest.mark.parametrize(
-    "rank, has_groups, is_everywhere, waits, said",
+    "rank, has_groups, is_everywhere, waits, message",
     [
         ("0", False, False, 0, "hbp: broken\n"),
         ("3", False, False, 1, "hbp: [rank 3] broken\n"),  # rank 0 had no error, else it had ended this one
@@ -47,7 +47,7 @@ def test_an_assertion_that_says_nothing_shows_itself():
         ("3", True, False, 0, "hbp: [rank 3] broken\n"),  # an error of this rank alone
     ],
 )
-def test_who_speaks(monkeypatch, tmp_path, capsys, rank, has_groups, is_everywhere, waits, said):
+def test_who_speaks(monkeypatch, tmp_path, capsys, rank, has_groups, is_everywhere, waits, message):
     slept: list[float] = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("HBP_EXIT_CODE_FILE", str(tmp_path / "code"))
@@ -62,4 +62,4 @@ def test_who_speaks(monkeypatch, tmp_path, capsys, rank, has_groups, is_everywhe
     with pytest.raises(SystemExit) as left:
         program.fail(error, "hbp")
     assert left.value.code == 78 and (tmp_path / "code").read_text() == "78\n"
-    assert slept == [program.PATIENCE] * waits and capsys.readouterr().err == said
+    assert slept == [program.PATIENCE] * waits and capsys.readouterr().err == message
