@@ -21,6 +21,8 @@ from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megatron_hbp.data.store import TokenStore  # noqa: E402
+from megatron_hbp.feed.feed import Feed, MicroBatch  # noqa: E402
+from megatron_hbp.feed.forward import make_forward_step  # noqa: E402
 from megatron_hbp.model import context as micro_batch_context  # noqa: E402
 from megatron_hbp.model.exchange.collectives import count_traffic  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
@@ -28,8 +30,6 @@ from megatron_hbp.planning.core import planfile  # noqa: E402
 from megatron_hbp.planning.core.exchanges import usable  # noqa: E402
 from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
 from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
-from megatron_hbp.training.feed import Feed, MicroBatch  # noqa: E402
-from megatron_hbp.training.forward import make_forward_step  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
 from tests.equivalence.support.stepping import groups_of, laid_out  # noqa: E402

@@ -178,10 +178,10 @@ def recompute_table() -> Table:
 
 def recompute_cell(model: torch.nn.Module, policy: Recompute, num_tokens: int) -> str:
     """Milliseconds and GiB of one policy and length."""
+    from megatron_hbp.feed.forward import make_forward_step
+    from megatron_hbp.feed.transfer import on_device
     from megatron_hbp.model.context import on_bind
     from megatron_hbp.model.recompute import RecomputeSwitch
-    from megatron_hbp.training.forward import make_forward_step
-    from megatron_hbp.training.transfer import on_device
     from tests.equivalence.support.models import VOCABULARY
     from tests.unit.model.packs import micro_batch_of
 

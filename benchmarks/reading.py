@@ -23,9 +23,9 @@ from benchmarks.lengths import generate
 from megatron_hbp.data.manifest import BULK_FILES, TokenizerInfo
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.data.writer import StoreWriter
+from megatron_hbp.feed.feed import Feed, MicroBatch
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning import Plan, Request, Samples, make_plan, parse_tiers
-from megatron_hbp.training.feed import Feed, MicroBatch
 
 TIERS = "16384:cp1,32768:cp2,65536:cp4,131072:cp8"
 NODE = range(8)

@@ -28,12 +28,12 @@ cpu.apply()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 
+from megatron_hbp.feed.feed import MicroBatch  # noqa: E402
+from megatron_hbp.feed.forward import make_forward_step  # noqa: E402
 from megatron_hbp.model import loss  # noqa: E402
 from megatron_hbp.model.context import bind, on_bind  # noqa: E402
 from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, full_layers  # noqa: E402
-from megatron_hbp.training.feed import MicroBatch  # noqa: E402
-from megatron_hbp.training.forward import make_forward_step  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build, transformer_config  # noqa: E402
 from tests.launching import launch  # noqa: E402
 from tests.unit.model.packs import context_of, micro_batch_of  # noqa: E402

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_hbp.feed.feed import Feed
+from megatron_hbp.feed.forward import make_forward_step
 from megatron_hbp.planning.cost.profile_memory import over_limit
 from megatron_hbp.planning.cost.profile_table import Measurement, Setting
 from megatron_hbp.profiling.packs import plan_of_one_pack
 from megatron_hbp.profiling.session import Session
-from megatron_hbp.training.feed import Feed
-from megatron_hbp.training.forward import make_forward_step
 
 LEAST_REPEATS, MOST_REPEATS = 4, 10
 """The paper times 3 to 10 iterations; on two cores medians of 3 have a standard deviation of 5%, of 5 3%."""

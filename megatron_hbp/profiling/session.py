@@ -17,6 +17,8 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.families import model_of_args
+from megatron_hbp.feed.feed import Feed
+from megatron_hbp.feed.forward import make_forward_step
 from megatron_hbp.model.loss import CHUNK_ROWS
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.exchanges import EXCHANGES
@@ -30,8 +32,6 @@ from megatron_hbp.profiling.packs import SyntheticStore
 from megatron_hbp.profiling.yardstick import Yardstick
 from megatron_hbp.runtime.record import layout_of, versions
 from megatron_hbp.runtime.setup import Runtime, set_up
-from megatron_hbp.training.feed import Feed
-from megatron_hbp.training.forward import make_forward_step
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

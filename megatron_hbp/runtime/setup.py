@@ -22,6 +22,7 @@ from megatron.training.models import GPTModelConfig
 
 from megatron_hbp.errors import ConfigError
 from megatron_hbp.families import model_of_args
+from megatron_hbp.feed.feed import Feed
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import kernels
 from megatron_hbp.model.extension import drop_stale_lock
@@ -38,7 +39,6 @@ from megatron_hbp.planning.cost.exchange import choose_exchange
 from megatron_hbp.runtime.checks import check_layout, feed_unit
 from megatron_hbp.runtime.options import HbpOptions
 from megatron_hbp.runtime.program import MegatronRefusal, refused_by_megatron
-from megatron_hbp.training.feed import Feed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,1 +1,1 @@
-"""Training on a plan inside Megatron-LM's loop: options, feed, forward step, hooks, metrics."""
+"""Training on a plan inside Megatron-LM's loop: entry, hooks, metrics."""

@@ -25,9 +25,9 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.training import checkpointing, get_args, training
 
 from megatron_hbp.errors import DivergedError, PlanError, everywhere
+from megatron_hbp.feed.feed import Feed
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.runtime.setup import Runtime
-from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
 
 

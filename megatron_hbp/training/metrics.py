@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_hbp.feed.feed import DUMMY, MicroBatch
 from megatron_hbp.planning.core.plan import Plan
-from megatron_hbp.training.feed import DUMMY, MicroBatch
 
 
 class RunMetrics:

@@ -9,6 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_hbp.feed.agreement import check_orders, check_same_plans
+from megatron_hbp.feed.feed import Feed
+from megatron_hbp.feed.forward import make_forward_step
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.runtime.checks import check_plans, shapes_vary
@@ -16,9 +19,6 @@ from megatron_hbp.runtime.options import HbpOptions, PlannedData
 from megatron_hbp.runtime.record import write_record
 from megatron_hbp.runtime.setup import Runtime, ranks_of_node, say, set_up
 from megatron_hbp.training import hooks
-from megatron_hbp.training.agreement import check_orders, check_same_plans
-from megatron_hbp.training.feed import Feed
-from megatron_hbp.training.forward import make_forward_step
 from megatron_hbp.training.metrics import RunMetrics
 from megatron_hbp.training.plain import train
 

@@ -46,10 +46,10 @@ def one_rank(tmp_path_factory) -> Iterator[None]:
 def test_no_call_of_ours_waits(one_rank, kind):
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from megatron_hbp.feed.feed import Feed
+    from megatron_hbp.feed.forward import make_forward_step
     from megatron_hbp.model import context
     from megatron_hbp.model.recompute import RecomputeSwitch, install_context_capture
-    from megatron_hbp.training.feed import Feed
-    from megatron_hbp.training.forward import make_forward_step
     from tests.equivalence.support.models import VOCABULARY, build
 
     install_context_capture()

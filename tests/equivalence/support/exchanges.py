@@ -26,6 +26,7 @@ cpu.apply()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from megatron_hbp.feed.batch import slice_of_pack  # noqa: E402
 from megatron_hbp.model import blocks, kernels, split  # noqa: E402
 from megatron_hbp.model.exchange import implementation, p2p  # noqa: E402
 from megatron_hbp.model.exchange.collectives import count_traffic  # noqa: E402
@@ -34,7 +35,6 @@ from megatron_hbp.planning.core.exchanges import EXCHANGES  # noqa: E402
 from megatron_hbp.planning.core.model import AttentionShape  # noqa: E402
 from megatron_hbp.planning.core.slices import padded_length  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
-from megatron_hbp.training.batch import slice_of_pack  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.support.plans import MemoryStore  # noqa: E402
 from tests.equivalence.support.stepping import Stepper  # noqa: E402

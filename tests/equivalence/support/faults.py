@@ -27,9 +27,9 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
+from megatron_hbp.feed import batch, feed  # noqa: E402
 from megatron_hbp.model import context, recompute, router  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
-from megatron_hbp.training import batch, feed  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
 from tests.equivalence.support.stepping import Stepper, alone, worst  # noqa: E402

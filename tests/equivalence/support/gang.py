@@ -27,11 +27,11 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
 
 from megatron_hbp.errors import PlanError  # noqa: E402
+from megatron_hbp.feed import batch, feed  # noqa: E402
+from megatron_hbp.feed.agreement import check_orders, check_same_plans  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.planning.core.plan import Plan  # noqa: E402
 from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
-from megatron_hbp.training import batch, feed  # noqa: E402
-from megatron_hbp.training.agreement import check_orders, check_same_plans  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
 from tests.equivalence.support.stepping import Packs, Stepper, alone, groups_of, laid_out, named_gradients, worst  # noqa: E402

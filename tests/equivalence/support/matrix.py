@@ -29,10 +29,10 @@ cpu.apply()
 
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
+from megatron_hbp.feed import forward  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
-from megatron_hbp.training import forward  # noqa: E402
 from tests.equivalence.support import balance  # noqa: E402
 from tests.equivalence.support.factors import Case, cases  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402

@@ -49,10 +49,10 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2  # noqa: E402
 from transformers.models.deepseek_v3 import modeling_deepseek_v3  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
+from megatron_hbp.feed import feed, forward  # noqa: E402
 from megatron_hbp.model.router import PackedRouter  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.core.tiers import Tier  # noqa: E402
-from megatron_hbp.training import feed, forward  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
 

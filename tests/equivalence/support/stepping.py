@@ -14,12 +14,12 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from megatron_hbp.feed import feed, forward
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.recompute import RecomputeSwitch
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.runtime.setup import pipeline_arguments
-from megatron_hbp.training import feed, forward
 from tests.equivalence.support.plans import MemoryStore, plan_of
 
 Packs = Sequence[tuple[int, int, int, int, Sequence[int]]]

@@ -26,9 +26,10 @@ cpu.apply()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from megatron_hbp.feed import forward  # noqa: E402
 from megatron_hbp.model.recompute import install_context_capture  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
-from megatron_hbp.training import forward, metrics  # noqa: E402
+from megatron_hbp.training import metrics  # noqa: E402
 from tests.blame import caller  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402

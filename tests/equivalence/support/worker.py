@@ -25,6 +25,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
+from megatron_hbp.feed import batch, feed, forward  # noqa: E402
 from megatron_hbp.model import context as micro_batch_context  # noqa: E402
 from megatron_hbp.model import loss  # noqa: E402
 from megatron_hbp.model.exchange import a2a  # noqa: E402
@@ -32,7 +33,6 @@ from megatron_hbp.model.recompute import RecomputeSwitch, install_context_captur
 from megatron_hbp.model.split import split_pack  # noqa: E402
 from megatron_hbp.parallel.groups import CpGroups  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute, Tier  # noqa: E402
-from megatron_hbp.training import batch, feed, forward  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.equivalence.support.plans import MemoryStore, plan_of  # noqa: E402
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_hbp.feed.feed import Feed, MicroBatch
 from megatron_hbp.model.context import MicroBatchContext
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.tiers import Recompute, Tier
-from megatron_hbp.training.feed import Feed, MicroBatch
 from tests.equivalence.support.plans import MemoryStore, plan_of
 
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hbp.feed.batch import slice_of_pack
 from megatron_hbp.model.split import split_pack
 from megatron_hbp.planning.core.slices import UNEVENNESS, local_positions, padded_length
-from megatron_hbp.training.batch import slice_of_pack
 
 CPU = torch.device("cpu")
 

@@ -22,11 +22,11 @@ from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 
 from megatron_hbp.errors import ConfigError  # noqa: E402
+from megatron_hbp.feed.feed import MicroBatch  # noqa: E402
+from megatron_hbp.feed.forward import make_forward_step  # noqa: E402
 from megatron_hbp.model.context import bind, current, on_bind  # noqa: E402
 from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch, install_context_capture  # noqa: E402
 from megatron_hbp.planning.core.tiers import Recompute  # noqa: E402
-from megatron_hbp.training.feed import MicroBatch  # noqa: E402
-from megatron_hbp.training.forward import make_forward_step  # noqa: E402
 from tests.equivalence.support.models import VOCABULARY, build  # noqa: E402
 from tests.unit.model.packs import micro_batch_of  # noqa: E402
 

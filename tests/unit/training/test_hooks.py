@@ -24,6 +24,7 @@ from megatron.core.rerun_state_machine import RerunStateMachine
 from megatron.training import checkpointing, training
 
 from megatron_hbp.errors import DivergedError, PlanError
+from megatron_hbp.feed.feed import Feed
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model import loss
 from megatron_hbp.model.recompute import FLAGS, RecomputeSwitch
@@ -33,7 +34,6 @@ from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.runtime import setup
 from megatron_hbp.runtime.setup import Runtime
 from megatron_hbp.training import hooks
-from megatron_hbp.training.feed import Feed
 from megatron_hbp.training.metrics import RunMetrics
 from tests.equivalence.support.plans import plan_of
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hbp.feed.feed import DUMMY
 from megatron_hbp.planning.core.tiers import Tier
 from megatron_hbp.training import metrics
-from megatron_hbp.training.feed import DUMMY
 from megatron_hbp.training.metrics import RunMetrics
 from tests.equivalence.support.plans import plan_of
 

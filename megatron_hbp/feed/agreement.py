@@ -11,9 +11,9 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_hbp.errors import PlanError
+from megatron_hbp.feed.feed import Feed
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.core.tiers import Tier
-from megatron_hbp.training.feed import Feed
 
 
 def order_of(feed: Feed) -> np.ndarray:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hbp.feed.batch import slice_of_pack
 from megatron_hbp.planning.core.slices import PADDING_SEGMENT, padded_length
-from megatron_hbp.training.batch import slice_of_pack
 
 
 def brute_force(samples, length, num_slices):

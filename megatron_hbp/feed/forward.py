@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megatron_hbp.feed.feed import MicroBatch
 from megatron_hbp.model import context as micro_batch_context
 from megatron_hbp.model.loss import loss_sum, supervised_token_losses
-from megatron_hbp.training.feed import MicroBatch
 
 Observer = Callable[[MicroBatch], None]
 

@@ -13,6 +13,9 @@ import torch
 
 from megatron_hbp.data.store import TokenStore
 from megatron_hbp.errors import PlanError
+from megatron_hbp.feed.batch import PackSlice, slice_of_pack
+from megatron_hbp.feed.read_ahead import ReadAhead
+from megatron_hbp.feed.transfer import on_device, pinned
 from megatron_hbp.model.context import MicroBatchContext
 from megatron_hbp.model.loss import LossRows
 from megatron_hbp.model.split import split_pack
@@ -21,9 +24,6 @@ from megatron_hbp.planning.core.exchanges import AUTO
 from megatron_hbp.planning.core.plan import Plan
 from megatron_hbp.planning.core.slices import padded_length, unit_of
 from megatron_hbp.planning.core.tiers import Recompute, Tier
-from megatron_hbp.training.batch import PackSlice, slice_of_pack
-from megatron_hbp.training.read_ahead import ReadAhead
-from megatron_hbp.training.transfer import on_device, pinned
 
 DUMMY = -1
 """Tier index of a micro-batch that the plan leaves empty on a rank."""

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron_hbp.errors import PlanError
+from megatron_hbp.feed.feed import DUMMY, Feed, MicroBatch, joint_policy
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.slices import PADDING_SEGMENT
 from megatron_hbp.planning.core.tiers import Recompute, Tier
 from megatron_hbp.runtime.checks import feed_unit
-from megatron_hbp.training.feed import DUMMY, Feed, MicroBatch, joint_policy
 from tests.equivalence.support.plans import MemoryStore, plan_of
 
 FULL = Recompute(granularity="full", num_layers=2)

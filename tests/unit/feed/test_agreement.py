@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from megatron_hbp.errors import PlanError
+from megatron_hbp.feed.agreement import check_meetings, order_of, planned_orders
+from megatron_hbp.feed.feed import Feed
 from megatron_hbp.planning.core.tiers import Tier
-from megatron_hbp.training.agreement import check_meetings, order_of, planned_orders
-from megatron_hbp.training.feed import Feed
 from tests.equivalence.support.plans import plan_of
 
 TIERS = [Tier(packing_length=16), Tier(packing_length=32, cp_degree=2), Tier(packing_length=64, cp_degree=4)]

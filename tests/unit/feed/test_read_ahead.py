@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hbp.feed import feed as feeds
+from megatron_hbp.feed.feed import Feed
+from megatron_hbp.feed.read_ahead import ReadAhead
+from megatron_hbp.feed.transfer import moved
 from megatron_hbp.parallel.groups import CpGroups
 from megatron_hbp.planning.core.tiers import Tier
-from megatron_hbp.training import feed as feeds
-from megatron_hbp.training.feed import Feed
-from megatron_hbp.training.read_ahead import ReadAhead
-from megatron_hbp.training.transfer import moved
 from tests.equivalence.support.plans import MemoryStore, plan_of
 
 LENGTHS = [30, 9, 25, 3, 17, 28, 40, 5]
@@ -89,7 +89,7 @@ def test_closed_and_dropped_readers_end_their_threads():
 @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "1 / 0"])
 def test_a_program_ends_while_its_reader_waits_for_room(ending):
     program = (
-        "import itertools; from megatron_hbp.training.read_ahead import ReadAhead\n"
+        "import itertools; from megatron_hbp.feed.read_ahead import ReadAhead\n"
         f"reader = ReadAhead(itertools.count(), 2); next(reader)\n{ending}"
     )
     done = subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True, text=True)
