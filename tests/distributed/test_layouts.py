@@ -191,7 +191,7 @@ def test_one_rank_goes_on_from_a_layout(runs):
     """The way back: TP 2 x PP 2 saves, one rank resumes."""
     layout, saved = FAST["dense TP 2 x PP 2, SP"], runs.folder / "saved by a layout"
     yard = runs.one_rank("dense")
-    runs.start("there", layout, "--save", saved, "--save-interval", 1, "--train-iters", 2)
+    runs.start("there", layout, "--save", saved, "--save-interval", 1, "--exit-interval", 2)
     ended = runs.run("back", "dense", "one", "--load", saved, ranks=1)
     assert ended.code == 0, ended.err[-5000:]
     (last,) = steps_of(runs.folder / "back.jsonl")
