@@ -28,8 +28,9 @@ from tests.equivalence.support.plans import plan_of
 COMMON = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 8 --ffn-hidden-size 48 --swiglu --normalization RMSNorm
     --disable-bias-linear --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 8
-    --lr 3e-3 --lr-decay-style constant
+    --lr 3e-3 --lr-decay-style constant --init-method-std 0.2
 """
+# weights ten times as large as by default: else a wrong sum over experts moves the loss by 1e-6 only
 MODELS = {
     "dense": shlex.split(f"{COMMON} --group-query-attention --num-query-groups 2"),
     "moe": shlex.split(f"""{COMMON}
@@ -43,8 +44,8 @@ SAMPLES = ((40, 20, 150, 9), (61, 3, 30, 200), (12, 50, 90, 33))
 """Tokens of the samples of each step."""
 TIERS = {1: "64:cp1,256:cp1", 2: "64:cp1:sel=core_attn,256:cp2:full1"}
 """By data-parallel ranks."""
-TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 5e-2)}
-"""Relative, of the loss and of the gradient norm; bf16 against fp32."""
+TOLERANCE = {"fp32": (1e-6, 5e-6), "bf16": (1e-2, 5e-2)}
+"""Relative, of the loss and of the gradient norm; fp32 layouts have been 0 and 3e-7 apart, bf16 is against fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +192,7 @@ def test_one_rank_goes_on_from_a_layout(runs):
     """The way back: TP 2 x PP 2 saves, one rank resumes."""
     layout, saved = FAST["dense TP 2 x PP 2, SP"], runs.folder / "saved by a layout"
     yard = runs.one_rank("dense")
-    runs.start("there", layout, "--save", saved, "--save-interval", 1, "--train-iters", 2)
+    runs.start("there", layout, "--save", saved, "--save-interval", 1, "--exit-interval", 2)
     ended = runs.run("back", "dense", "one", "--load", saved, ranks=1)
     assert ended.code == 0, ended.err[-5000:]
     (last,) = steps_of(runs.folder / "back.jsonl")
